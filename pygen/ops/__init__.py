@@ -1,0 +1,55 @@
+"""The operators, each loaded with its kernel family on first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pygen.ops.cache import attend_cached, attend_cached_reference
+    from pygen.ops.coupling import affine, affine_reference
+    from pygen.ops.noise import noise, noise_reference, uniform, uniform_reference
+    from pygen.ops.sampling import sample_logits, sample_logits_reference
+    from pygen.ops.schedule import diffusion_step, diffusion_step_reference
+
+_FAMILY_OF = {
+    "affine": "coupling",
+    "affine_reference": "coupling",
+    "attend_cached": "cache",
+    "attend_cached_reference": "cache",
+    "diffusion_step": "schedule",
+    "diffusion_step_reference": "schedule",
+    "noise": "noise",
+    "noise_reference": "noise",
+    "sample_logits": "sampling",
+    "sample_logits_reference": "sampling",
+    "uniform": "noise",
+    "uniform_reference": "noise",
+}
+
+__all__ = [
+    "affine",
+    "affine_reference",
+    "attend_cached",
+    "attend_cached_reference",
+    "diffusion_step",
+    "diffusion_step_reference",
+    "noise",
+    "noise_reference",
+    "sample_logits",
+    "sample_logits_reference",
+    "uniform",
+    "uniform_reference",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FAMILY_OF:
+        raise AttributeError(f"module 'pygen.ops' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"pygen.ops.{_FAMILY_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
