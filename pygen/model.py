@@ -160,6 +160,8 @@ class GenerativeModel(nn.Module):
 
     def resolve_ids(self, n: int, ids: Tensor | None) -> Tensor:
         """`ids`, or 0 .. n-1, as int64 on the model's device."""
+        if n < 0:
+            raise ValueError(f"n is {n}, but expected a number of samples that is not negative")
         if ids is None:
             return torch.arange(n, device=self.device)
         if ids.shape != (n,):
@@ -189,6 +191,15 @@ class GenerativeModel(nn.Module):
         if condition.shape != (n,):
             raise ValueError(f"condition has shape {tuple(condition.shape)}, but expected ({n},)")
         return condition.to(self.device, torch.int64)
+
+    def check_pictures(self, x: Tensor) -> Tensor:
+        """`x` on the model's device, or an error that says what is wrong with its dtype or shape."""
+        if not x.is_floating_point():
+            raise TypeError(f"x has dtype {x.dtype}, but expected a floating-point dtype with values in [-1, 1]")
+        if x.ndim != 4 or tuple(x.shape[1:]) != self.config.shape:
+            expected = ", ".join(map(str, self.config.shape))
+            raise ValueError(f"x has shape {tuple(x.shape)}, but expected (n, {expected})")
+        return x.to(self.device)
 
     def quantize(self, x: Tensor) -> Tensor:
         """The nearest of the `levels` values, as int64 in 0 .. levels-1; x float in [-1, 1]."""
