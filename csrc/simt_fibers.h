@@ -2,38 +2,20 @@
 // fibers that stop at barriers, shuffles and votes and nowhere else.
 #pragma once
 
-#include <sys/mman.h>
-#include <ucontext.h>
-#include <unistd.h>
-
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
-#include <new>
 #include <stdexcept>
+#include <string>
 
 #include "simt_intrinsics.h"
+#include "simt_launch.h"
 #include "simt_sanitizers.h"
+#include "simt_stacks.h"
 
 namespace pygen::simt {
-
-constexpr int kMaxThreads = 1024, kMaxWarps = kMaxThreads / 32;
-constexpr size_t kMaxShared = 227 * 1024, kMaxStaticShared = 48 * 1024;
-
-// A stack to run on and where it stopped. The scheduler has one too, for the caller's own stack.
-struct Fiber {
-#ifdef PYGEN_SIMT_SANITIZED
-  ucontext_t context;
-#else
-  ucontext_t start;
-  void* jump[5];
-  bool entered;
-#endif
-  char* stack;
-  SanitizerFiber sanitizer;
-};
 
 enum class State : uint8_t { kReady, kAtBlock, kAtWarp, kGone };
 
@@ -53,14 +35,9 @@ struct Warp {
   unsigned live, ready, waiting;
 };
 
-struct SharedArray {
-  const void* key;
-  void* memory;
-};
-
 class Scheduler {
  public:
-  Scheduler() : threads_(new Thread[kMaxThreads]), fibers_(new Fiber[kMaxThreads]) {}
+  Scheduler() : threads_(new Thread[kMaxThreads]), fibers_(new Fiber[kFiberSets * kMaxThreads]) {}
   Scheduler(const Scheduler&) = delete;
   Scheduler& operator=(const Scheduler&) = delete;
   ~Scheduler() {
@@ -80,7 +57,7 @@ class Scheduler {
   PYGEN_SIMT_UNSEEN uint64_t wait_for_warp(Operation operation, unsigned mask, int source_lane,
                                            uint64_t sent, Place place);
   PYGEN_SIMT_UNSEEN void* static_shared(const void* key, size_t bytes, size_t alignment);
-  PYGEN_SIMT_UNSEEN void* dynamic_shared() { return dynamic_shared_; }
+  PYGEN_SIMT_UNSEEN void* dynamic_shared() { return shared_.dynamic(); }
   PYGEN_SIMT_UNSEEN int lane() const { return static_cast<int>(current_ - threads_) % 32; }
   PYGEN_SIMT_UNSEEN void record_bad_width(int width, Place place) {
     record("%s shuffles at %s:%u with width %d, which is not a power of two up to 32",
@@ -92,7 +69,7 @@ class Scheduler {
     char text[96];
   };
 
-  PYGEN_SIMT_UNSEEN void run_block();
+  PYGEN_SIMT_UNSEEN void run_block(Fiber* fibers);
   PYGEN_SIMT_UNSEEN void run_warp(int warp);
   PYGEN_SIMT_UNSEEN void release_block();
   PYGEN_SIMT_UNSEEN void release_warp_if_met(int warp, unsigned mask);
@@ -102,12 +79,9 @@ class Scheduler {
   PYGEN_SIMT_UNSEEN void meet(int first, int last, unsigned mask);
   PYGEN_SIMT_UNSEEN void make_fibers(int count);
   PYGEN_SIMT_UNSEEN void drop_fibers();
-  PYGEN_SIMT_UNSEEN void* allocate_shared(size_t bytes, size_t alignment);
-  PYGEN_SIMT_UNSEEN void free_shared();
   PYGEN_SIMT_UNSEEN void record(const char* format, ...) __attribute__((format(printf, 2, 3)));
   PYGEN_SIMT_UNSEEN Name name(const Thread& thread) const;
   PYGEN_SIMT_UNSEEN static void live_on_fiber();
-  PYGEN_SIMT_UNSEEN static void switch_fiber(Fiber& from, Fiber& to);
 
   // Plain arrays: ThreadSanitizer sees into the standard containers even where it is told to look
   // away, and would report the scheduler itself.
@@ -124,46 +98,17 @@ class Scheduler {
   unsigned barrier_count_ = 0;
   bool descending_ = false;
 
-  SharedArray shared_[64];
-  int shared_count_ = 0;
-  size_t shared_bytes_ = 0, static_bytes_ = 0;
-  void* dynamic_shared_ = nullptr;
-
+  SharedMemory shared_;
   SyncWords sync_;
   char fault_[1024] = "";
 };
-
-inline void check_limits(dim3 grid, dim3 block, size_t shared_bytes) {
-  char text[200] = "";
-  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
-  if (threads == 0 || threads > kMaxThreads || block.z > 64) {
-    snprintf(text, sizeof(text), "launch: block is (%u, %u, %u), expected 1 to 1024 threads and z up to 64",
-             block.x, block.y, block.z);
-  } else if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
-    snprintf(text, sizeof(text),
-             "launch: grid is (%u, %u, %u), expected x up to 2147483647, y and z up to 65535",
-             grid.x, grid.y, grid.z);
-  } else if (shared_bytes > kMaxShared) {
-    snprintf(text, sizeof(text), "launch: %zu bytes of shared memory, expected %zu at most",
-             shared_bytes, kMaxShared);
-  }
-  if (text[0] != '\0') throw std::runtime_error(text);
-}
-
-inline bool descending_order() {
-  const char* order = getenv("PYGEN_SIMT_ORDER");
-  if (order == nullptr || strcmp(order, "ascending") == 0) return false;
-  if (strcmp(order, "descending") == 0) return true;
-  throw std::runtime_error(std::string("PYGEN_SIMT_ORDER is '") + order +
-                           "', expected ascending or descending");
-}
 
 inline void Scheduler::run_grid(void (*call)(void*), void* body, dim3 grid, dim3 block,
                                 size_t shared_bytes) {
   call_ = call;
   body_ = body;
   descending_ = descending_order();
-  shared_bytes_ = shared_bytes;
+  shared_.begin_grid(shared_bytes);
   thread_count_ = static_cast<int>(block.x * block.y * block.z);
   warp_count_ = (thread_count_ + 31) / 32;
   fault_[0] = '\0';
@@ -181,17 +126,14 @@ inline void Scheduler::run_grid(void (*call)(void*), void* body, dim3 grid, dim3
     blockIdx = {static_cast<unsigned>(rank % grid.x),
                 static_cast<unsigned>(rank / grid.x % grid.y),
                 static_cast<unsigned>(rank / (uint64_t{grid.x} * grid.y))};
-    run_block();
+    run_block(fibers_ + i % kFiberSets * kMaxThreads);
   }
   sync_.acquire_grid();
   if (fault_[0] != '\0') throw std::runtime_error(fault_);
 }
 
-inline void Scheduler::run_block() {
-  dynamic_shared_ = nullptr;
-  shared_count_ = 0;
-  static_bytes_ = 0;
-  if (shared_bytes_ > 0) dynamic_shared_ = allocate_shared(shared_bytes_, 16);
+inline void Scheduler::run_block(Fiber* fibers) {
+  shared_.begin_block();
   sync_.begin_block(thread_count_, warp_count_);
   for (int w = 0; w < warp_count_; ++w) {
     const int lanes = thread_count_ - 32 * w;
@@ -199,10 +141,9 @@ inline void Scheduler::run_block() {
     warps_[w] = {all, all, 0};
   }
   for (int i = 0; i < thread_count_; ++i) {
-    threads_[i].fiber = &fibers_[i];
+    threads_[i].fiber = &fibers[i];
     threads_[i].state = State::kReady;
     threads_[i].meeting = nullptr;
-    fibers_[i].sanitizer.begin_block();
   }
   live_ = thread_count_;
   at_barrier_ = 0;
@@ -218,7 +159,7 @@ inline void Scheduler::run_block() {
     release_block();
   }
   sync_.end_block();
-  free_shared();
+  shared_.end_block();
 }
 
 inline void Scheduler::run_warp(int warp) {
@@ -424,100 +365,29 @@ inline void Scheduler::live_on_fiber() {
   }
 }
 
-#ifdef PYGEN_SIMT_SANITIZED
-
-// getcontext and setcontext, not swapcontext: AddressSanitizer intercepts that one and forgets the
-// guarded zones of the whole target stack.
-__attribute__((noinline)) inline void Scheduler::switch_fiber(Fiber& from, Fiber& to) {
-  volatile bool back = false;
-  getcontext(&from.context);
-  if (back) return;
-  back = true;
-  setcontext(&to.context);
-}
-
-#else
-
-// The builtins, not _setjmp and _longjmp: some systems compile those with a check that a jump goes
-// up one stack, and abort.
-[[noreturn]] __attribute__((noinline)) inline void jump_to(void** buffer) {
-  __builtin_longjmp(buffer, 1);
-}
-
-__attribute__((noinline)) inline void Scheduler::switch_fiber(Fiber& from, Fiber& to) {
-  if (__builtin_setjmp(from.jump) != 0) return;
-  if (&to == &of_this_thread().home_ || to.entered) jump_to(to.jump);
-  to.entered = true;
-  setcontext(&to.start);
-}
-
-#endif
-
 inline void Scheduler::make_fibers(int count) {
-  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   for (; fiber_count_ < count; ++fiber_count_) {
-    Fiber& fiber = fibers_[fiber_count_];
-    void* memory = mmap(nullptr, page + kStackBytes, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
-    mprotect(memory, page, PROT_NONE);
-    fiber.stack = static_cast<char*>(memory) + page;
-    fiber.sanitizer.create(fiber.stack);
-#ifdef PYGEN_SIMT_SANITIZED
-    ucontext_t& start = fiber.context;
-#else
-    ucontext_t& start = fiber.start;
-    fiber.entered = false;
-#endif
-    getcontext(&start);
-    start.uc_stack.ss_sp = fiber.stack;
-    start.uc_stack.ss_size = kStackBytes;
-    start.uc_link = nullptr;
-    makecontext(&start, live_on_fiber, 0);
+    for (int set = 0; set < kFiberSets; ++set) {
+      make_fiber(fibers_[set * kMaxThreads + fiber_count_], live_on_fiber);
+    }
   }
 }
 
 inline void Scheduler::drop_fibers() {
-  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   for (int i = 0; i < fiber_count_; ++i) {
-    fibers_[i].sanitizer.destroy(fibers_[i].stack);
-    munmap(fibers_[i].stack - page, page + kStackBytes);
+    for (int set = 0; set < kFiberSets; ++set) drop_fiber(fibers_[set * kMaxThreads + i]);
   }
   fiber_count_ = 0;
 }
 
-inline void* Scheduler::allocate_shared(size_t bytes, size_t alignment) {
-  IgnoreMemory ignore;
-  void* memory = nullptr;
-  if (posix_memalign(&memory, alignment < 16 ? 16 : alignment, bytes) != 0) abort();
-  // What no thread has written reads as NaN, or as -1.
-  memset(memory, 0xFF, bytes);
-  return memory;
-}
-
-inline void Scheduler::free_shared() {
-  IgnoreMemory ignore;
-  for (int i = 0; i < shared_count_; ++i) free(shared_[i].memory);
-  free(dynamic_shared_);
-  dynamic_shared_ = nullptr;
-  shared_count_ = 0;
-}
-
 inline void* Scheduler::static_shared(const void* key, size_t bytes, size_t alignment) {
-  for (int i = 0; i < shared_count_; ++i) {
-    if (shared_[i].key == key) return shared_[i].memory;
+  void* memory = shared_.array(key, bytes, alignment);
+  if (shared_.over_limit()) {
+    record("%zu bytes of static and %zu of dynamic shared memory, expected at most %zu of static "
+           "and %zu of both",
+           shared_.static_bytes(), shared_.dynamic_bytes(), kMaxStaticShared, kMaxShared);
   }
-  static_bytes_ += bytes;
-  if (static_bytes_ > kMaxStaticShared || static_bytes_ + shared_bytes_ > kMaxShared) {
-    record("%zu bytes of static and %zu of dynamic shared memory, expected %zu of static and %zu "
-           "of both at most", static_bytes_, shared_bytes_, kMaxStaticShared, kMaxShared);
-  }
-  if (shared_count_ == 64) {
-    fprintf(stderr, "pygen simt: a kernel has more than 64 shared arrays\n");
-    abort();
-  }
-  shared_[shared_count_] = {key, allocate_shared(bytes, alignment)};
-  return shared_[shared_count_++].memory;
+  return memory;
 }
 
 inline void Scheduler::record(const char* format, ...) {

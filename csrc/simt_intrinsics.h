@@ -39,7 +39,7 @@ PYGEN_VECTOR_TYPES(double, double)
 
 struct dim3 {
   unsigned x, y, z;
-  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  constexpr dim3(unsigned nx = 1, unsigned ny = 1, unsigned nz = 1) : x(nx), y(ny), z(nz) {}
 };
 
 // The fiber scheduler sets them each time it resumes a thread.
@@ -50,6 +50,7 @@ constexpr int warpSize = 32;
 namespace pygen::simt {
 
 using Place = std::source_location;
+__extension__ typedef unsigned __int128 uint128;
 
 enum class Operation : uint8_t {
   kSyncwarp,
@@ -218,7 +219,7 @@ inline unsigned __umulhi(unsigned a, unsigned b) {
 }
 inline int __mulhi(int a, int b) { return static_cast<int>((static_cast<int64_t>(a) * b) >> 32); }
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
-  return static_cast<unsigned long long>((static_cast<unsigned __int128>(a) * b) >> 64);
+  return static_cast<unsigned long long>((static_cast<pygen::simt::uint128>(a) * b) >> 64);
 }
 
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }

@@ -40,17 +40,17 @@ void AnnotateIgnoreWritesEnd(const char* file, int line);
 
 namespace pygen::simt {
 
+// Neighbouring blocks run on different fibers, which never hear of each other within a launch: so a
+// race between an even and an odd block shows, and new fibers for each block would cost ten times
+// as much.
+constexpr int kFiberSets = 2;
+
 struct SanitizerFiber {
   void* handle;
 
-  PYGEN_SIMT_UNSEEN void create(char*) { handle = nullptr; }
-  PYGEN_SIMT_UNSEEN void destroy(char*) {
-    if (handle != nullptr) __tsan_destroy_fiber(handle);
-  }
+  PYGEN_SIMT_UNSEEN void create(char*) { handle = __tsan_create_fiber(0); }
+  PYGEN_SIMT_UNSEEN void destroy(char*) { __tsan_destroy_fiber(handle); }
   PYGEN_SIMT_UNSEEN void adopt_this_thread() { handle = __tsan_get_current_fiber(); }
-  PYGEN_SIMT_UNSEEN void begin_block() {
-    if (handle == nullptr) handle = __tsan_create_fiber(0);
-  }
   PYGEN_SIMT_UNSEEN void leave_for(SanitizerFiber& to, bool synchronise) {
     __tsan_switch_to_fiber(to.handle, synchronise ? 0 : __tsan_switch_to_fiber_no_sync);
   }
@@ -115,6 +115,8 @@ struct IgnoreMemory {
 
 namespace pygen::simt {
 
+constexpr int kFiberSets = 1;
+
 struct SyncWords {
   void begin_block(int, int) {}
   void end_block() {}
@@ -148,7 +150,6 @@ struct SanitizerFiber {
   // at the same place.
   void destroy(char* stack) { __asan_unpoison_memory_region(stack, kStackBytes); }
   void adopt_this_thread() {}
-  void begin_block() {}
   void leave_for(SanitizerFiber& to, bool) {
     to.came_from = this;
     __sanitizer_start_switch_fiber(&fake_stack, to.bottom, to.size);
@@ -165,7 +166,6 @@ struct SanitizerFiber {
   void create(char*) {}
   void destroy(char*) {}
   void adopt_this_thread() {}
-  void begin_block() {}
   void leave_for(SanitizerFiber&, bool) {}
   void arrive() {}
 };
