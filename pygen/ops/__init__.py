@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+# Not lazily: a later import of the file `noise` would put the module where this function is expected.
+from pygen.ops.noise import noise
+
 if TYPE_CHECKING:
     from pygen.ops.cache import attend_cached, attend_cached_reference
     from pygen.ops.coupling import affine, affine_reference
-    from pygen.ops.noise import noise, noise_reference, uniform, uniform_reference
+    from pygen.ops.noise import noise_reference, uniform, uniform_reference
     from pygen.ops.sampling import sample_logits, sample_logits_reference
     from pygen.ops.schedule import diffusion_step, diffusion_step_reference
 
@@ -19,7 +22,6 @@ _FAMILY_OF = {
     "attend_cached_reference": "cache",
     "diffusion_step": "schedule",
     "diffusion_step_reference": "schedule",
-    "noise": "noise",
     "noise_reference": "noise",
     "sample_logits": "sampling",
     "sample_logits_reference": "sampling",
@@ -27,7 +29,13 @@ _FAMILY_OF = {
     "uniform_reference": "noise",
 }
 
+# Public operator -> the kernels it calls, by their names in csrc/operators.h.
+OPERATORS = {
+    "affine": ("affine_forward", "affine_inverse", "affine_backward"),
+}
+
 __all__ = [
+    "OPERATORS",
     "affine",
     "affine_reference",
     "attend_cached",
