@@ -152,6 +152,7 @@ inline void Scheduler::run_block(Fiber* fibers) {
     if (live_ == 0) break;
     if (at_barrier_ < live_) {
       record_deadlock();
+      for (int i = 0; i < thread_count_; ++i) sync_.acquire_arrival(i);
       // The stacks still hold the kernel's frames, which nothing can unwind.
       drop_fibers();
       break;

@@ -106,8 +106,9 @@ inline int __syncthreads_count(int predicate, PYGEN_PLACE) {
 inline void __syncwarp(unsigned mask = ~0u, PYGEN_PLACE) {
   pygen::simt::wait_for_warp(pygen::simt::Operation::kSyncwarp, mask, 0, 0, place);
 }
-inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-inline void __threadfence_block() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+// One OS thread runs the whole grid: only the compiler could reorder.
+inline void __threadfence() { __atomic_signal_fence(__ATOMIC_SEQ_CST); }
+inline void __threadfence_block() { __atomic_signal_fence(__ATOMIC_SEQ_CST); }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, PYGEN_PLACE) {
   using pygen::simt::Operation;
