@@ -1,0 +1,212 @@
+"""What one model is worth: bits per dimension of held-out pictures, quality of its samples, and what they cost.
+
+Bits per dimension are -log p(x) / (D ln 2), mean over the test pictures, D values in each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pygen.model import Density, GenerativeModel
+from pygen.workbench.classifier import Classifier, accuracy, train_classifier
+from pygen.workbench.metrics import class_coverage, frechet_distance, manifold_scores
+
+if TYPE_CHECKING:
+    from pygen.workbench.data import Dataset
+
+CHUNK = 500
+SPREAD = 100.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Quality:
+    """How near a set of pictures comes to the test split, on the features of the judge's classifier."""
+
+    frechet: float
+    """Frechet distance; 100 is the total variance of real features."""
+    precision: float
+    """Share of the pictures that look real."""
+    recall: float
+    """Share of the test pictures that these pictures come near."""
+    coverage: float
+    """Share of the classes shown with at least half of their real frequency."""
+    agreement: float | None
+    """Share of the pictures that the classifier reads as the class they were made for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation(Quality):
+    """A model's quality, density and costs, as they stand in summary.json."""
+
+    density: str
+    """What the model can say of p(x): "implicit", "lower bound" or "exact"."""
+    bits_per_dim: float | None
+    """Mean over the test split; a lower bound on p(x) makes it an upper bound; None without a density."""
+    bits_error: float | None
+    """Standard error of that mean over the test pictures."""
+    sample_seconds: float
+    """Seconds for 100 samples in one batch."""
+    network_passes: int
+    """Network passes for those samples."""
+    parameters: int
+    """Numbers that training chose."""
+
+
+class Judge:
+    """A classifier of the training split, and the features of the test split to hold pictures against.
+
+    Every set that is judged has as many pictures as the training split, with its labels, so that the training split
+    itself is a fair row to beat: sizes and class frequencies are the same, and only the pictures differ.
+    """
+
+    def __init__(self, train: Dataset, test: Dataset, *, seed: int = 0, limit: int = 2000) -> None:
+        self.levels = train.levels
+        self.real = as_floats(train.pictures[:limit], train.levels)
+        self.labels = None if train.labels is None else train.labels[:limit]
+        self.test = as_floats(test.pictures, test.levels)
+        self.test_labels = test.labels
+        self.classifier: Classifier = train_classifier(
+            as_floats(train.pictures, train.levels), train.labels, train.classes, seed=seed
+        )
+        features, predicted = self.classifier.read(self.test)
+        self.scale = math.sqrt(SPREAD / float(features.double().var(0).sum()))
+        self.test_features = features.double() * self.scale
+        self.test_classes = predicted if test.labels is None else test.labels
+        self.accuracy = None if test.labels is None else accuracy(self.classifier, self.test, test.labels)
+
+    @property
+    def count(self) -> int:
+        """How many pictures a set to be judged should have."""
+        return len(self.real)
+
+    def noise(self, *, seed: int = 0) -> Tensor:
+        """As many pictures of independent, uniform grey values: what a model that learnt nothing draws."""
+        generator = torch.Generator().manual_seed(seed)
+        return as_floats(torch.randint(self.levels, self.real.shape, generator=generator), self.levels)
+
+    def score(self, pictures: Tensor, labels: Tensor | None = None) -> Quality:
+        """The quality of pictures (n, channels, height, width) in [-1, 1], made for `labels` (n,) if given."""
+        features, predicted = self.classifier.read(pictures)
+        features = features.double() * self.scale
+        manifold = manifold_scores(self.test_features, features)
+        return Quality(
+            frechet=frechet_distance(self.test_features, features),
+            precision=manifold.precision,
+            recall=manifold.recall,
+            coverage=class_coverage(self.test_classes, predicted, self.classifier.classes),
+            agreement=None if labels is None else float((predicted == labels).double().mean()),
+        )
+
+
+def as_floats(pictures: Tensor, levels: int) -> Tensor:
+    """x = 2 k / (levels - 1) - 1 of grey values k, as float32 in [-1, 1]."""
+    return pictures.float() * (2 / (levels - 1)) - 1
+
+
+@torch.no_grad()
+def draw(
+    model: GenerativeModel, n: int, labels: Tensor | None = None, *, seed: int = 0, steps: int | None = None
+) -> Tensor:
+    """n samples on the CPU, rounded to the grey values of the data, as real pictures are; labels int64 (n,)."""
+    model.eval()
+    condition = labels if model.config.classes is not None else None
+    rows = []
+    for ids in torch.arange(n).split(CHUNK):
+        chosen = None if condition is None else condition[ids]
+        x = model.sample(len(ids), ids=ids, condition=chosen, seed=seed, steps=steps)
+        rows.append(model.dequantize(model.quantize(x)).cpu())
+    return torch.cat(rows)
+
+
+@torch.no_grad()
+def bits_per_dim(
+    model: GenerativeModel, pictures: Tensor, labels: Tensor | None = None, *, seed: int = 0
+) -> tuple[float, float] | None:
+    """Mean and standard error, over pictures (n, channels, height, width), of the bits that one value costs.
+
+    None for a model that has no density.
+    """
+    if model.density is Density.IMPLICIT:
+        return None
+    model.eval()
+    device = model.device
+    nats = []
+    for ids in torch.arange(len(pictures)).split(CHUNK):
+        condition = labels[ids].to(device) if labels is not None and model.config.classes is not None else None
+        x = pictures[ids].to(device)
+        nats.append(model.log_prob(x, condition=condition, ids=ids.to(device), seed=seed).double().cpu())
+    bits = -torch.cat(nats) / (model.config.dimensions * math.log(2))
+    return float(bits.mean()), float(bits.std() / math.sqrt(len(bits)))
+
+
+@torch.no_grad()
+def seconds_per_100(model: GenerativeModel, *, seed: int = 0, steps: int | None = None) -> float:
+    """Wall-clock seconds for 100 samples in one batch: the median of three calls after a first; of one if it is slow."""
+    model.eval()
+    taken = []
+    for _ in range(4):
+        start = time.perf_counter()
+        model.sample(100, seed=seed, steps=steps)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        taken.append(time.perf_counter() - start)
+        if taken[-1] > 3:
+            break
+    return statistics.median(taken[1:] or taken)
+
+
+def evaluate(
+    model: GenerativeModel, judge: Judge, *, seed: int = 0, steps: int | None = None
+) -> tuple[Evaluation, Tensor]:
+    """The evaluation of a model, and the samples (n, channels, height, width) that it rests on, on the CPU.
+
+    Raises ValueError when the model was built for pictures of another shape or another number of grey values.
+    """
+    expected = (tuple(judge.real.shape[1:]), judge.levels)
+    if (model.config.shape, model.config.levels) != expected:
+        raise ValueError(
+            f"the model makes pictures of shape {model.config.shape} with {model.config.levels} grey values, "
+            f"but the data has shape {expected[0]} with {expected[1]}"
+        )
+    samples = draw(model, judge.count, judge.labels, seed=seed, steps=steps)
+    bits = bits_per_dim(model, judge.test, judge.test_labels, seed=seed)
+    quality = judge.score(samples, judge.labels if model.config.classes is not None else None)
+    evaluation = Evaluation(
+        **dataclasses.asdict(quality),
+        density=model.density.value,
+        bits_per_dim=None if bits is None else bits[0],
+        bits_error=None if bits is None else bits[1],
+        sample_seconds=seconds_per_100(model, seed=seed, steps=steps),
+        network_passes=model.network_passes(steps),
+        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+    )
+    return evaluation, samples
+
+
+def quality_by_steps(
+    model: GenerativeModel, judge: Judge, steps: list[int], *, count: int, seed: int = 0
+) -> list[dict[str, float]]:
+    """The quality of `count` samples for each number of steps, all from one trained model."""
+    labels = None if judge.labels is None else judge.labels[:count]
+    curve = []
+    for each in steps:
+        samples = draw(model, count, labels, seed=seed, steps=each)
+        quality = judge.score(samples)
+        curve.append(
+            {
+                "steps": each,
+                "network_passes": model.network_passes(each),
+                "frechet": quality.frechet,
+                "precision": quality.precision,
+                "recall": quality.recall,
+                "sample_seconds": seconds_per_100(model, seed=seed, steps=each),
+            }
+        )
+    return curve
