@@ -62,11 +62,11 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
 #define PYGEN_CUDA_NAMESPACE pygen_simt
 #define PYGEN_CUDA_KEY CPU
 
-#define SHARED(T, name, ...)                                        \
-  using name##_shared_type = T __VA_ARGS__;                         \
-  static char name##_shared_key;                                    \
-  name##_shared_type& name =                                        \
-      *static_cast<name##_shared_type*>(::pygen::simt::static_shared( \
+#define SHARED(T, name, ...)                                              \
+  using name##_shared_type = T __VA_ARGS__;                               \
+  static char name##_shared_key;                                          \
+  name##_shared_type& name =                                              \
+      *static_cast<name##_shared_type*>(::pygen::simt::static_shared(     \
           &name##_shared_key, sizeof(name##_shared_type), alignof(name##_shared_type)))
 
 namespace pygen {

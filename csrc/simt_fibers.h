@@ -77,7 +77,7 @@ class Scheduler {
   PYGEN_SIMT_UNSEEN void resume(Thread& thread);
   PYGEN_SIMT_UNSEEN void stop(State state);
   PYGEN_SIMT_UNSEEN void meet(int first, int last, unsigned mask);
-  PYGEN_SIMT_UNSEEN void make_fibers(int count);
+  PYGEN_SIMT_UNSEEN void make_fibers(int set, int count);
   PYGEN_SIMT_UNSEEN void drop_fibers();
   PYGEN_SIMT_UNSEEN void record(const char* format, ...) __attribute__((format(printf, 2, 3)));
   PYGEN_SIMT_UNSEEN Name name(const Thread& thread) const;
@@ -88,7 +88,7 @@ class Scheduler {
   Thread* threads_;
   Fiber* fibers_;
   Fiber home_{};
-  int fiber_count_ = 0;
+  int fiber_counts_[kFiberSets] = {};
 
   void (*call_)(void*) = nullptr;
   void* body_ = nullptr;
@@ -112,7 +112,6 @@ inline void Scheduler::run_grid(void (*call)(void*), void* body, dim3 grid, dim3
   thread_count_ = static_cast<int>(block.x * block.y * block.z);
   warp_count_ = (thread_count_ + 31) / 32;
   fault_[0] = '\0';
-  make_fibers(thread_count_);
   home_.sanitizer.adopt_this_thread();
   blockDim = block;
   gridDim = grid;
@@ -126,7 +125,9 @@ inline void Scheduler::run_grid(void (*call)(void*), void* body, dim3 grid, dim3
     blockIdx = {static_cast<unsigned>(rank % grid.x),
                 static_cast<unsigned>(rank / grid.x % grid.y),
                 static_cast<unsigned>(rank / (uint64_t{grid.x} * grid.y))};
-    run_block(fibers_ + i % kFiberSets * kMaxThreads);
+    const int set = static_cast<int>(i % kFiberSets);
+    make_fibers(set, thread_count_);
+    run_block(fibers_ + set * kMaxThreads);
   }
   sync_.acquire_grid();
   if (fault_[0] != '\0') throw std::runtime_error(fault_);
@@ -366,19 +367,17 @@ inline void Scheduler::live_on_fiber() {
   }
 }
 
-inline void Scheduler::make_fibers(int count) {
-  for (; fiber_count_ < count; ++fiber_count_) {
-    for (int set = 0; set < kFiberSets; ++set) {
-      make_fiber(fibers_[set * kMaxThreads + fiber_count_], live_on_fiber);
-    }
+inline void Scheduler::make_fibers(int set, int count) {
+  for (int& made = fiber_counts_[set]; made < count; ++made) {
+    make_fiber(fibers_[set * kMaxThreads + made], live_on_fiber);
   }
 }
 
 inline void Scheduler::drop_fibers() {
-  for (int i = 0; i < fiber_count_; ++i) {
-    for (int set = 0; set < kFiberSets; ++set) drop_fiber(fibers_[set * kMaxThreads + i]);
+  for (int set = 0; set < kFiberSets; ++set) {
+    for (int i = 0; i < fiber_counts_[set]; ++i) drop_fiber(fibers_[set * kMaxThreads + i]);
+    fiber_counts_[set] = 0;
   }
-  fiber_count_ = 0;
 }
 
 inline void* Scheduler::static_shared(const void* key, size_t bytes, size_t alignment) {

@@ -33,6 +33,8 @@ PYGEN_VECTOR_TYPES(short, short)
 PYGEN_VECTOR_TYPES(unsigned short, ushort)
 PYGEN_VECTOR_TYPES(int, int)
 PYGEN_VECTOR_TYPES(unsigned, uint)
+PYGEN_VECTOR_TYPES(long long, longlong)
+PYGEN_VECTOR_TYPES(unsigned long long, ulonglong)
 PYGEN_VECTOR_TYPES(float, float)
 PYGEN_VECTOR_TYPES(double, double)
 #undef PYGEN_VECTOR_TYPES

@@ -1,5 +1,10 @@
 // What the fibers of simt_fibers.h tell AddressSanitizer and ThreadSanitizer; nothing in a plain
 // build.
+//
+// A library built so needs its sanitizer in the process first. AddressSanitizer:
+//   LD_PRELOAD=libasan.so ASAN_OPTIONS=detect_leaks=0 python ...
+// ThreadSanitizer, which has no room for address randomisation and cannot see PyTorch's locks:
+//   LD_PRELOAD=libtsan.so TSAN_OPTIONS=ignore_noninstrumented_modules=1 setarch -R python ...
 #pragma once
 
 #include <cstddef>

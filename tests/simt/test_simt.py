@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -19,6 +20,9 @@ FLAGS = {
     "fortified": ["-O2", "-D_FORTIFY_SOURCE=2"],
     "address": ["-O1", "-g", "-fsanitize=address"],
     "thread": ["-O1", "-g", "-fsanitize=thread"],
+}
+LIBRARY_FLAGS = {
+    f"{build}_library": [*FLAGS[build], "-fPIC", "-shared"] for build in ("address", "thread")
 }
 
 pytestmark = pytest.mark.skipif(
@@ -36,7 +40,8 @@ def program(tmp_path_factory):
         key = source, build
         if key not in built:
             out = folder / f"{source}_{build}"
-            command = [COMPILER, "-std=c++20", *FLAGS[build], f"-I{CSRC}", "-x", "c++"]
+            flags = (FLAGS | LIBRARY_FLAGS)[build]
+            command = [COMPILER, "-std=c++20", *flags, f"-I{CSRC}", "-x", "c++"]
             command += [str(HERE / f"{source}.cu"), "-o", str(out)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode != 0 and "sanitize" in " ".join(command):
@@ -67,6 +72,34 @@ def run(path, *arguments, order="ascending"):
     ):
         pytest.skip("ThreadSanitizer cannot lay out its memory here")
     assert done.returncode >= 0, f"signal {-done.returncode}: {text}"
+    return text
+
+
+def run_in_python(library, preload, *arguments):
+    """The same for a library that Python loads: the sanitizer has to be there before Python is."""
+    names = ["faults", *arguments]
+    script = (
+        f"import ctypes; names = {names!r}; "
+        f"ctypes.CDLL({str(library)!r}).main(len(names), "
+        "(ctypes.c_char_p * len(names))(*[name.encode() for name in names]))"
+    )
+    found = [
+        subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True)
+        for name in preload
+    ]
+    environment = os.environ | {
+        "LD_PRELOAD": ":".join(done.stdout.strip() for done in found),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "TSAN_OPTIONS": "ignore_noninstrumented_modules=1",
+    }
+    command = ["setarch", "-R"] if shutil.which("setarch") else []
+    done = subprocess.run(
+        [*command, sys.executable, "-c", script],
+        capture_output=True, text=True, timeout=60, env=environment,
+    )
+    text = done.stdout + done.stderr
+    if re.search(r"unexpected memory mapping|setarch: failed", text):
+        pytest.skip("this machine does not let a program fix its memory layout")
     return text
 
 
@@ -127,8 +160,10 @@ def test_no_race_is_reported_where_none_is(program, order):
     assert "WARNING" not in run(program("faults", "thread"), *names, order=order)
 
 
-@pytest.mark.parametrize("with_barrier, without", [("barrier", "no_barrier"),
-                                                   ("barrier_one_order", "no_barrier_one_order")])
+@pytest.mark.parametrize(
+    "with_barrier, without",
+    [("barrier", "no_barrier"), ("barrier_one_order", "no_barrier_one_order")],
+)
 def test_missing_barrier_shows_in_the_numbers_of_one_order(program, with_barrier, without):
     faults = program("faults", "plain")
     right = [numbers(run(faults, with_barrier, order=order)) for order in ORDERS]
@@ -164,6 +199,22 @@ def test_sanitizers_stay_quiet_after_a_deadlock(program, build):
     text = run(program("faults", build), *names)
     assert text.count("error: ") == 3
     assert "Sanitizer" not in text
+
+
+@pytest.mark.parametrize(
+    "build, preload, fault",
+    [
+        ("address", ["libasan.so"], "past_static"),
+        ("thread", ["libtsan.so"], "no_barrier"),
+    ],
+)
+def test_faults_are_found_in_a_library_that_python_loads(program, build, preload, fault):
+    library = program("faults", f"{build}_library")
+    quiet = run_in_python(library, preload, "barrier", "syncwarp")
+    assert "Sanitizer" not in quiet and "64 63 62" in quiet
+    report = run_in_python(library, preload, fault)
+    assert "Sanitizer" in report
+    assert lines_of(fault)[0] in reported_lines(report)
 
 
 @pytest.mark.parametrize(
