@@ -17,7 +17,11 @@ constexpr const char* kSchemas[] = {
     // schedule
     // noise
     // cache
-    // sampling
+    "attend_cached(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+    "Tensor(c!) lengths, float scale) -> Tensor",
+    // sampling: seeds and positions, one per row or one for all, take precedence over seed and position
+    "sample_logits(Tensor logits, Tensor? seeds, int seed, Tensor sample_ids, Tensor? positions, int position, "
+    "float temperature, int top_k, float top_p) -> (Tensor token, Tensor log_prob)",
 };
 
 }  // namespace pygen

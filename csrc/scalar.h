@@ -39,6 +39,17 @@ PYGEN_INLINE float float_of(uint32_t bits) {
   return x;
 }
 
+// 16-bit floats from their bits, in integers: through their classes a loop of conversions does not vectorise.
+PYGEN_INLINE float float_of_bfloat16(uint16_t bits) { return float_of(static_cast<uint32_t>(bits) << 16); }
+
+PYGEN_INLINE float float_of_half(uint16_t half) {
+  const uint32_t magnitude = static_cast<uint32_t>(half & 0x7fff) << 13;
+  // 2^112 moves the exponent's bias from 15 to 127, denormals included; infinity and NaN need theirs set.
+  const uint32_t finite = bits_of(float_of(magnitude) * 0x1p112f);
+  const uint32_t value = magnitude >= (31u << 23) ? magnitude | 0x7f800000u : finite;
+  return float_of(value | static_cast<uint32_t>(half & 0x8000) << 16);
+}
+
 // Written so that a NaN in the first argument comes through, which fmin and fmax would drop.
 PYGEN_INLINE float at_most(float x, float high) { return x > high ? high : x; }
 PYGEN_INLINE float at_least(float x, float low) { return x < low ? low : x; }

@@ -73,7 +73,7 @@ def sample_logits_reference(
             weight = torch.where(x >= x.gather(-1, order.gather(-1, last)), weight, 0.0)
         cumulative = weight.cumsum(-1)
         total = cumulative[:, -1]
-        target = _uniform(seed, sample_ids, position) * total
+        target = torch.minimum(_uniform(seed, sample_ids, position) * total, total - 1)
         token = (cumulative > target.unsqueeze(-1)).int().argmax(-1)
         log_prob = shifted.gather(-1, token.unsqueeze(-1)).squeeze(-1).double() - (total.log() - bits * math.log(2.0))
         log_prob = log_prob.to(x.dtype)
