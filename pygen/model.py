@@ -193,13 +193,13 @@ class GenerativeModel(nn.Module):
         return condition.to(self.device, torch.int64)
 
     def check_pictures(self, x: Tensor) -> Tensor:
-        """`x` on the model's device, or an error that says what is wrong with its dtype or shape."""
+        """`x` on the model's device and in its dtype, or an error that says what is wrong with dtype or shape."""
         if not x.is_floating_point():
             raise TypeError(f"x has dtype {x.dtype}, but expected a floating-point dtype with values in [-1, 1]")
         if x.ndim != 4 or tuple(x.shape[1:]) != self.config.shape:
             expected = ", ".join(map(str, self.config.shape))
             raise ValueError(f"x has shape {tuple(x.shape)}, but expected (n, {expected})")
-        return x.to(self.device)
+        return x.to(self.device, next(self.parameters()).dtype)
 
     def quantize(self, x: Tensor) -> Tensor:
         """The nearest of the `levels` values, as int64 in 0 .. levels-1; x float in [-1, 1]."""

@@ -16,7 +16,7 @@ from pygen import ops
 from pygen.gan import losses
 from pygen.gan.losses import OBJECTIVES, Objective, Penalties
 from pygen.model import Density, GenerativeModel, ModelConfig, Stage, refuse_steps
-from pygen.nn.residual import ResidualDecoder, ResidualEncoder, activate
+from pygen.nn.residual import ResidualDecoder, ResidualEncoder, activate, widen
 
 PLAYERS = ("discriminator", "generator")
 
@@ -75,6 +75,7 @@ class Generator(nn.Module):
         )
 
     def forward(self, z: Tensor, condition: Tensor | None) -> Tensor:
+        z = z.to(self.body.entry.weight.dtype)
         if self.embedding is not None:
             z = torch.cat([z, self.embedding(condition)], dim=1)
         return self.body(z, z).tanh()  # type: ignore[no-any-return]
@@ -96,10 +97,10 @@ class Discriminator(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor | None) -> Tensor:
         features = activate(self.body(x))
-        score = self.score(features).squeeze(1)
+        score: Tensor = self.score(features).squeeze(1)
         if self.embedding is not None:
             score = score + (self.embedding(condition) * features).sum(1)
-        return score.float()
+        return widen(score)
 
 
 class GAN(GenerativeModel):
@@ -166,7 +167,6 @@ class GAN(GenerativeModel):
             total = total + weights.gp * losses.one_centred(gradient)
         return total + losses.discriminator_loss(self.config.loss, *scores)
 
-    @torch.no_grad()
     def decode(self, z: Tensor, *, condition: Tensor | None = None) -> Tensor:
         """G(z, condition): z (n, latent) to (n, channels, height, width) in [-1, 1], not quantized."""
         if z.ndim != 2 or z.shape[1] != self.config.latent:
@@ -185,6 +185,7 @@ class GAN(GenerativeModel):
     ) -> Tensor:
         return self.trajectory(n, ids=ids, condition=condition, seed=seed, steps=steps)[-1].values
 
+    @torch.no_grad()
     def trajectory(
         self,
         n: int,

@@ -1,14 +1,15 @@
 """The objectives of adversarial training and their gradient penalties.
 
-With D the discriminator's raw score, r = D(real) and f = D(fake), every objective is a pair of means to descend on:
+With D the discriminator's raw score, r = D(real) and f = D(fake), every objective is a pair of means to descend on
+(sources by their arXiv numbers):
 
     name            discriminator                      generator                source
-    relativistic    softplus(f - r)                    softplus(r - f)          Jolicoeur-Martineau 2018, arXiv:1807.00734
-    minimax         softplus(-r) + softplus(f)         -softplus(f)             Goodfellow et al. 2014, eq. 1
+    relativistic    softplus(f - r)                    softplus(r - f)          Jolicoeur-Martineau 2018, 1807.00734
+    minimax         softplus(-r) + softplus(f)         -softplus(f)             Goodfellow et al. 2014, 1406.2661, eq. 1
     non_saturating  softplus(-r) + softplus(f)         softplus(-f)             Goodfellow et al. 2014, section 3
-    hinge           relu(1 - r) + relu(1 + f)          -f                       Lim and Ye 2017, arXiv:1705.02894
-    least_squares   ((r - 1)^2 + f^2) / 2              (f - 1)^2 / 2            Mao et al. 2017, arXiv:1611.04076, eq. 9
-    wgan_gp         f - r + penalty                    -f                       Gulrajani et al. 2017, arXiv:1704.00028
+    hinge           relu(1 - r) + relu(1 + f)          -f                       Lim and Ye 2017, 1705.02894
+    least_squares   ((r - 1)^2 + f^2) / 2              (f - 1)^2 / 2            Mao et al. 2017, 1611.04076, eq. 9
+    wgan_gp         f - r + penalty                    -f                       Gulrajani et al. 2017, 1704.00028
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 from torch.nn.functional import relu, softplus
+
+from pygen.nn.residual import widen
 
 Objective = Literal["relativistic", "minimax", "non_saturating", "hinge", "least_squares", "wgan_gp"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
@@ -68,7 +71,7 @@ def generator_loss(objective: Objective, fake: Tensor, real: Tensor | None = Non
     match objective:
         case "relativistic":
             if real is None:
-                raise ValueError("real is None, but the relativistic objective expected the scores (n,) of real pictures")
+                raise ValueError("real is None, but the relativistic objective needs scores (n,) of real pictures")
             return softplus(real - fake).mean()
         case "minimax":
             return -softplus(fake).mean()
@@ -86,7 +89,7 @@ def score_and_gradient(score: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Te
     Each score may depend on its own picture only. torch.func.vjp is used where torch.autograd.grad(create_graph=True)
     would do in eager mode: torch.compile traces the first into its forward graph and refuses the second.
     """
-    scores, pullback = torch.func.vjp(score, x)
+    scores, pullback = torch.func.vjp(score, x)[:2]
     (gradient,) = pullback(torch.ones_like(scores))
     return scores, gradient
 
@@ -96,11 +99,11 @@ def zero_centred(gradient: Tensor) -> Tensor:
 
     gradient: (n, ...) of the scores in the pictures.
     """
-    return gradient.float().flatten(1).square().sum(1).mean() / 2
+    return widen(gradient).flatten(1).square().sum(1).mean() / 2
 
 
 def one_centred(gradient: Tensor) -> Tensor:
     """E (||gradient|| - 1)^2 (Gulrajani et al. 2017, arXiv:1704.00028, eq. 3); gradient (n, ...)."""
     # The norm has no gradient at zero; 1e-12 under the root gives it one without moving it elsewhere.
-    norm = (gradient.float().flatten(1).square().sum(1) + 1e-12).sqrt()
+    norm = (widen(gradient).flatten(1).square().sum(1) + 1e-12).sqrt()
     return (norm - 1).square().mean()

@@ -25,6 +25,11 @@ def activate(x: Tensor) -> Tensor:
     return functional.leaky_relu(x, SLOPE)
 
 
+def widen(x: Tensor) -> Tensor:
+    """x (...) in float32, or float64 where it is float64: what losses and densities are computed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def pyramid(height: int, width: int) -> list[Size]:
     """The sizes a picture passes through, finest first: halved, rounding up, until both sides are at most 4.
 
