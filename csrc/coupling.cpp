@@ -20,12 +20,13 @@ struct AffineOptions {
 
 // One block: y[i] = x[i] s + t[i] (or its inverse), and the sum of log s.
 template <Activation A, bool kEpsilon, bool kInverse, class T>
-PYGEN_CLONES T affine_rows(const T* __restrict x, const T* __restrict raw_scale, const T* __restrict shift,
+PYGEN_CLONES double affine_rows(const T* __restrict x, const T* __restrict raw_scale, const T* __restrict shift,
                            T* __restrict y, int64_t n, AffineOptions<T> options) {
-  T sum = 0;
+  double sum = 0;  // two conversions and two additions a vector: nothing beside the exponential
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) {
-    const Scale<T> scale = affine_scale<A, kEpsilon>(raw_scale[i] + options.offset, options.limit, options.epsilon);
+    Scale<T> scale = affine_scale<A>(raw_scale[i] + options.offset, options.limit);
+    if constexpr (kEpsilon) scale = add_epsilon(scale, options.epsilon);
     y[i] = kInverse ? (x[i] - shift[i]) / scale.value : x[i] * scale.value + shift[i];
     sum += scale.log;
   }
@@ -53,7 +54,7 @@ PYGEN_CLONES void affine_backward_rows(const T* __restrict x, const T* __restric
 }
 
 template <class T>
-using AffineRows = T (*)(const T*, const T*, const T*, T*, int64_t, AffineOptions<T>);
+using AffineRows = double (*)(const T*, const T*, const T*, T*, int64_t, AffineOptions<T>);
 
 // A block of zeros stands for an absent shift: it is read from the first-level cache, and the loops stay one.
 template <class T>

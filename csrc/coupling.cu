@@ -21,6 +21,7 @@ struct AffineArguments {
   void* y;
   T limit, offset, epsilon;
   int64_t activation;
+  bool inverse;
 };
 
 // 16 bytes of the widest of two types, so that one of them moves in whole vectors.
@@ -68,25 +69,24 @@ __device__ __forceinline__ void write(Stored* to, const Compute* values) {
 
 // One element, with the activation chosen at run time: the branch is the same for all threads and costs nothing beside
 // the memory traffic.
-template <bool kInverse, class T>
+template <class T>
 __device__ __forceinline__ T affine_element(T x, T raw, T shift, bool additive, const AffineArguments<T>& arguments,
                                             T* log_s) {
   Scale<T> scale{T(1), T(0)};
   if (!additive) {
     for_activation(arguments.activation, [&](auto tag) {
       constexpr Activation kActivation = decltype(tag)::value;
-      const T a = raw + arguments.offset;
-      scale = arguments.epsilon != T(0) ? affine_scale<kActivation, true>(a, arguments.limit, arguments.epsilon)
-                                        : affine_scale<kActivation, false>(a, arguments.limit, arguments.epsilon);
+      scale = affine_scale<kActivation>(raw + arguments.offset, arguments.limit);
     });
+    if (arguments.epsilon != T(0)) scale = add_epsilon(scale, arguments.epsilon);
   }
   *log_s = scale.log;
-  return kInverse ? (x - shift) / scale.value : x * scale.value + shift;
+  return arguments.inverse ? (x - shift) / scale.value : x * scale.value + shift;
 }
 
 // Elements from, from + step, ... of [from, to) of one row; returns this thread's share of sum log s.
-template <bool kInverse, int N, class Stored, class Parameter, class T>
-__device__ __forceinline__ T affine_stride(const AffineArguments<T>& arguments, int64_t row, int64_t from, int64_t to,
+template <int N, class Stored, class Parameter, class T>
+__device__ __forceinline__ double affine_stride(const AffineArguments<T>& arguments, int64_t row, int64_t from, int64_t to,
                                            int64_t step) {
   const bool additive = arguments.raw_scale.data == nullptr;
   const bool shifted = arguments.shift.data != nullptr;
@@ -96,7 +96,7 @@ __device__ __forceinline__ T affine_stride(const AffineArguments<T>& arguments, 
   const auto* shift =
       static_cast<const Parameter*>(arguments.shift.data) + (shifted ? arguments.shift.row_offset(row) : 0);
   auto* y = static_cast<Stored*>(arguments.y) + row * arguments.x.width;
-  T sum = 0;
+  double sum = 0;  // one addition an element beside all that traffic: exact sums for nothing
   for (int64_t i = from * N; i < to; i += step * N) {
     T x_values[N], raw_values[N] = {}, shift_values[N] = {}, y_values[N];
     read<Stored, T, N>(arguments.x, x, i, x_values);
@@ -106,30 +106,30 @@ __device__ __forceinline__ T affine_stride(const AffineArguments<T>& arguments, 
     for (int k = 0; k < N; ++k) {
       T log_s;
       y_values[k] =
-          affine_element<kInverse>(x_values[k], raw_values[k], shift_values[k], additive, arguments, &log_s);
+          affine_element(x_values[k], raw_values[k], shift_values[k], additive, arguments, &log_s);
       sum += log_s;
     }
     write<Stored, T, N>(y + i, y_values);
   }
-  return kInverse ? -sum : sum;
+  return arguments.inverse ? -sum : sum;
 }
 
-template <bool kInverse, int N, class Stored, class Parameter, class T>
+template <int N, class Stored, class Parameter, class T>
 __global__ void __launch_bounds__(kThreads) affine_warp_kernel(AffineArguments<T> arguments, T* ladj) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (row >= arguments.x.rows) return;
-  const T sum = warp_sum(affine_stride<kInverse, N, Stored, Parameter>(arguments, row, threadIdx.x % kWarp,
+  const double sum = warp_sum(affine_stride<N, Stored, Parameter>(arguments, row, threadIdx.x % kWarp,
                                                                        arguments.x.width, kWarp));
-  if (threadIdx.x % kWarp == 0) ladj[row] = sum;
+  if (threadIdx.x % kWarp == 0) ladj[row] = static_cast<T>(sum);
 }
 
-template <bool kInverse, int N, class Stored, class Parameter, class T>
+template <int N, class Stored, class Parameter, class T>
 __global__ void __launch_bounds__(kThreads)
-    affine_chunk_kernel(AffineArguments<T> arguments, int64_t chunks, T* partial) {
-  SHARED(T, scratch, [32]);
+    affine_chunk_kernel(AffineArguments<T> arguments, int64_t chunks, double* partial) {
+  SHARED(double, scratch, [32]);
   const int64_t row = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
   const int64_t to = min(arguments.x.width, (chunk + 1) * kChunk);
-  const T sum = block_sum(affine_stride<kInverse, N, Stored, Parameter>(
+  const double sum = block_sum(affine_stride<N, Stored, Parameter>(
                               arguments, row, chunk * (kChunk / N) + threadIdx.x, to, kThreads),
                           scratch);
   if (threadIdx.x == 0) partial[blockIdx.x] = sum;
@@ -137,12 +137,12 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    add_chunks_kernel(const T* partial, int64_t chunks, int64_t rows, T* ladj) {
+    add_chunks_kernel(const double* partial, int64_t chunks, int64_t rows, T* ladj) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (row >= rows) return;
-  T sum = 0;
+  double sum = 0;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partial[row * chunks + chunk];
-  ladj[row] = sum;
+  ladj[row] = static_cast<T>(sum);
 }
 
 unsigned blocks_for(int64_t items, int64_t per_block) {
@@ -151,19 +151,19 @@ unsigned blocks_for(int64_t items, int64_t per_block) {
   return static_cast<unsigned>(blocks);
 }
 
-template <bool kInverse, int N, class Stored, class Parameter, class T>
+template <int N, class Stored, class Parameter, class T>
 void launch_affine(const AffineArguments<T>& arguments, const Tensor& x, Tensor& ladj, Stream stream) {
   const int64_t rows = arguments.x.rows, width = arguments.x.width;
   T* const sums = static_cast<T*>(ladj.mutable_data_ptr());
   if (width <= kWarpWidth) {
-    launch(affine_warp_kernel<kInverse, N, Stored, Parameter, T>, blocks_for(rows, kThreads / kWarp), kThreads, 0,
+    launch(affine_warp_kernel<N, Stored, Parameter, T>, blocks_for(rows, kThreads / kWarp), kThreads, 0,
            stream, arguments, sums);
     return;
   }
   const int64_t chunks = (width + kChunk - 1) / kChunk;
-  const Tensor partial = torch::stable::new_empty(x, {rows * chunks}, ladj.scalar_type());
-  T* const partial_sums = static_cast<T*>(partial.mutable_data_ptr());
-  launch(affine_chunk_kernel<kInverse, N, Stored, Parameter, T>, blocks_for(rows * chunks, 1), kThreads, 0, stream,
+  const Tensor partial = torch::stable::new_empty(x, {rows * chunks}, ScalarType::Double);
+  double* const partial_sums = static_cast<double*>(partial.mutable_data_ptr());
+  launch(affine_chunk_kernel<N, Stored, Parameter, T>, blocks_for(rows * chunks, 1), kThreads, 0, stream,
          arguments, chunks, partial_sums);
   launch(add_chunks_kernel<T>, blocks_for(rows, kThreads), kThreads, 0, stream, partial_sums, chunks, rows, sums);
 }
@@ -183,8 +183,7 @@ void for_dtypes(ScalarType stored, ScalarType parameter, F&& f) {
   });
 }
 
-template <bool kInverse>
-std::tuple<Tensor, Tensor> affine(const Tensor& x, const OptionalTensor& raw_scale, const OptionalTensor& shift,
+std::tuple<Tensor, Tensor> affine(bool inverse, const Tensor& x, const OptionalTensor& raw_scale, const OptionalTensor& shift,
                                   int64_t activation, double limit, double offset, double epsilon,
                                   int64_t event_dims) {
   check_affine(x, raw_scale, shift, activation, event_dims);
@@ -206,13 +205,14 @@ std::tuple<Tensor, Tensor> affine(const Tensor& x, const OptionalTensor& raw_sca
                                  static_cast<T>(limit),
                                  static_cast<T>(offset),
                                  static_cast<T>(epsilon),
-                                 activation};
+                                 activation,
+                                 inverse};
     const bool wide = arguments.x.width % N == 0 && aligned<Stored>(arguments.x, N) &&
                       aligned<Parameter>(arguments.raw_scale, N) && aligned<Parameter>(arguments.shift, N);
     if (wide) {
-      launch_affine<kInverse, N, Stored, Parameter>(arguments, x, ladj, stream);
+      launch_affine<N, Stored, Parameter>(arguments, x, ladj, stream);
     } else {
-      launch_affine<kInverse, 1, Stored, Parameter>(arguments, x, ladj, stream);
+      launch_affine<1, Stored, Parameter>(arguments, x, ladj, stream);
     }
   });
   return {y, ladj};
@@ -221,13 +221,13 @@ std::tuple<Tensor, Tensor> affine(const Tensor& x, const OptionalTensor& raw_sca
 std::tuple<Tensor, Tensor> affine_forward(const Tensor& x, const OptionalTensor& raw_scale,
                                           const OptionalTensor& shift, int64_t activation, double limit, double offset,
                                           double epsilon, int64_t event_dims) {
-  return affine<false>(x, raw_scale, shift, activation, limit, offset, epsilon, event_dims);
+  return affine(false, x, raw_scale, shift, activation, limit, offset, epsilon, event_dims);
 }
 
 std::tuple<Tensor, Tensor> affine_inverse(const Tensor& y, const OptionalTensor& raw_scale,
                                           const OptionalTensor& shift, int64_t activation, double limit, double offset,
                                           double epsilon, int64_t event_dims) {
-  return affine<true>(y, raw_scale, shift, activation, limit, offset, epsilon, event_dims);
+  return affine(true, y, raw_scale, shift, activation, limit, offset, epsilon, event_dims);
 }
 
 template <class T>
@@ -236,10 +236,11 @@ struct BackwardArguments {
   void *grad_input, *grad_raw_scale;
   T limit, offset, epsilon;
   int64_t activation;
+  bool inverse;
 };
 
 // Elementwise but for grad_ladj, so a flat grid serves rows of any width; N elements lie in one row.
-template <bool kInverse, int N, class Stored, class Parameter, class T>
+template <int N, class Stored, class Parameter, class T>
 __global__ void __launch_bounds__(kThreads) affine_backward_kernel(BackwardArguments<T> arguments) {
   const int64_t width = arguments.x.width, total = arguments.x.rows * width;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads * N;
@@ -249,7 +250,7 @@ __global__ void __launch_bounds__(kThreads) affine_backward_kernel(BackwardArgum
     const auto* raw = static_cast<const Parameter*>(arguments.raw_scale.data) + arguments.raw_scale.row_offset(row);
     const auto* grad = static_cast<const Stored*>(arguments.grad_output.data) + arguments.grad_output.row_offset(row);
     const T grad_ladj = static_cast<const T*>(arguments.grad_ladj.data)[arguments.grad_ladj.row_offset(row)];
-    T x_values[N], raw_values[N], grad_values[N], inputs[N], raws[N];
+    T x_values[N], raw_values[N], grad_values[N], inputs[N] = {}, raws[N] = {};
     read<Stored, T, N>(arguments.x, x, i, x_values);
     read<Parameter, T, N>(arguments.raw_scale, raw, i, raw_values);
     read<Stored, T, N>(arguments.grad_output, grad, i, grad_values);
@@ -258,7 +259,9 @@ __global__ void __launch_bounds__(kThreads) affine_backward_kernel(BackwardArgum
       for_activation(arguments.activation, [&](auto tag) {
         const auto scale = affine_scale_slope<decltype(tag)::value>(raw_values[k] + arguments.offset,
                                                                     arguments.limit, arguments.epsilon);
-        const auto gradient = affine_gradient<kInverse>(x_values[k], scale, grad_values[k], grad_ladj);
+        const auto gradient = arguments.inverse
+                                  ? affine_gradient<true>(x_values[k], scale, grad_values[k], grad_ladj)
+                                  : affine_gradient<false>(x_values[k], scale, grad_values[k], grad_ladj);
         inputs[k] = gradient.input;
         raws[k] = gradient.raw_scale;
       });
@@ -268,12 +271,12 @@ __global__ void __launch_bounds__(kThreads) affine_backward_kernel(BackwardArgum
   }
 }
 
-template <bool kInverse, int N, class Stored, class Parameter, class T>
+template <int N, class Stored, class Parameter, class T>
 void launch_backward(const BackwardArguments<T>& arguments, Stream stream) {
   const int64_t items = (arguments.x.rows * arguments.x.width + N - 1) / N;
   // A grid that fills any device a few times over; the kernel strides over the rest.
   const int64_t blocks = std::min<int64_t>((items + kThreads - 1) / kThreads, 1 << 16);
-  launch(affine_backward_kernel<kInverse, N, Stored, Parameter, T>, static_cast<unsigned>(blocks), kThreads, 0, stream,
+  launch(affine_backward_kernel<N, Stored, Parameter, T>, static_cast<unsigned>(blocks), kThreads, 0, stream,
          arguments);
 }
 
@@ -301,18 +304,15 @@ std::tuple<Tensor, Tensor> affine_backward(const Tensor& x, const Tensor& raw_sc
                                          static_cast<T>(limit),
                                          static_cast<T>(offset),
                                          static_cast<T>(epsilon),
-                                         activation};
+                                         activation,
+                                 inverse};
     const bool wide = arguments.x.width % N == 0 && aligned<Stored>(arguments.x, N) &&
                       aligned<Parameter>(arguments.raw_scale, N) && aligned<Stored>(arguments.grad_output, N);
-    auto run = [&](auto inverse_constant) {
-      constexpr bool kInverse = decltype(inverse_constant)::value;
-      if (wide) {
-        launch_backward<kInverse, N, Stored, Parameter>(arguments, stream);
-      } else {
-        launch_backward<kInverse, 1, Stored, Parameter>(arguments, stream);
-      }
-    };
-    inverse ? run(std::true_type{}) : run(std::false_type{});
+    if (wide) {
+      launch_backward<N, Stored, Parameter>(arguments, stream);
+    } else {
+      launch_backward<1, Stored, Parameter>(arguments, stream);
+    }
   });
   return {grad_input, grad_raw_scale};
 }

@@ -60,25 +60,24 @@ PYGEN_INLINE T log_scale_slope(T a, T limit) {
   return T(1);
 }
 
-template <Activation A, bool kEpsilon, class T>
-PYGEN_INLINE Scale<T> affine_scale(T a, T limit, T epsilon) {
-  T s, log_s;
+template <Activation A, class T>
+PYGEN_INLINE Scale<T> affine_scale(T a, T limit) {
   if constexpr (A == Activation::kSigmoid) {
-    s = scalar::sigmoid(a);
-    if constexpr (!kEpsilon) log_s = -scalar::softplus(-a);
+    return {scalar::sigmoid(a), -scalar::softplus(-a)};
   } else if constexpr (A == Activation::kSoftplus) {
-    s = scalar::softplus(a);
+    const T s = scalar::softplus(a);
     // Far below zero softplus(a) is e^a, whose logarithm is known without going through a denormal.
-    if constexpr (!kEpsilon) log_s = a < T(-40) ? a : scalar::log(s);
+    return {s, a < T(-40) ? a : scalar::log(s)};
   } else {
-    log_s = log_scale<A>(a, limit);
-    s = scalar::exp(log_s);
+    const T log_s = log_scale<A>(a, limit);
+    return {scalar::exp(log_s), log_s};
   }
-  if constexpr (kEpsilon) {
-    s = s + epsilon;
-    log_s = scalar::log(s);
-  }
-  return {s, log_s};
+}
+
+template <class T>
+PYGEN_INLINE Scale<T> add_epsilon(Scale<T> scale, T epsilon) {
+  const T s = scale.value + epsilon;
+  return {s, scalar::log(s)};
 }
 
 template <Activation A, class T>

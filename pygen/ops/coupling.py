@@ -80,8 +80,8 @@ def affine_reference(
     else:
         value = value if s is None else value * s
         value = value if t is None else value + t
-    batch = x.shape[: x.dim() - event_dims]
-    ladj = log_s.expand(x.shape).reshape(*batch, -1).sum(-1) if event_dims else log_s.expand(x.shape)
+    # sum over no dimensions would be a sum over all.
+    ladj = log_s.expand(x.shape).sum(tuple(range(-event_dims, 0))) if event_dims else log_s.expand(x.shape)
     return value.to(x.dtype).expand(x.shape), ladj
 
 
