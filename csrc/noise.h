@@ -71,19 +71,26 @@ PYGEN_INLINE void noise_block(uint64_t seed, uint64_t sample_id, uint64_t draw, 
   }
 }
 
-// `blocks` whole blocks from `first_block`, 4 * blocks values.
-template <NoiseStream S>
-PYGEN_INLINE void noise_blocks(uint64_t seed, uint64_t sample_id, uint64_t draw, uint32_t first_block, int64_t blocks,
-                               float* __restrict out) {
-#pragma omp simd
-  for (int64_t i = 0; i < blocks; ++i) {
-    float values[4];
-    noise_block<S>(seed, sample_id, draw, first_block + static_cast<uint32_t>(i), values);
-    out[4 * i] = values[0];
-    out[4 * i + 1] = values[1];
-    out[4 * i + 2] = values[2];
-    out[4 * i + 3] = values[3];
+// Where the noise of each row is: plain numbers for all rows, or one element per row (stride 0 for one that all share).
+struct NoiseAddresses {
+  const int64_t* sample_ids = nullptr;
+  const int64_t* seeds = nullptr;  // null: `seed` for all rows
+  const int64_t* draws = nullptr;  // null: `draw` for all rows
+  int64_t sample_id_stride = 0, seed_stride = 0, draw_stride = 0;
+  int64_t seed = 0, draw = 0;
+
+  PYGEN_INLINE uint64_t sample_id_of(int64_t row) const {
+    return static_cast<uint64_t>(sample_ids[row * sample_id_stride]);
   }
-}
+  PYGEN_INLINE uint64_t seed_of(int64_t row) const {
+    return static_cast<uint64_t>(seeds ? seeds[row * seed_stride] : seed);
+  }
+  PYGEN_INLINE uint64_t draw_of(int64_t row) const {
+    return static_cast<uint64_t>(draws ? draws[row * draw_stride] : draw);
+  }
+};
+
+// Elements start .. start + n - 1 of a row's normal noise, start a multiple of 4; the loop of noise.cpp.
+void normal_rows(const NoiseAddresses& addresses, int64_t row, int64_t start, int64_t n, float* out);
 
 }  // namespace pygen

@@ -14,8 +14,18 @@ constexpr const char* kSchemas[] = {
     "float epsilon, int event_dims) -> (Tensor x, Tensor ladj)",
     "affine_backward(Tensor x, Tensor raw_scale, Tensor grad_output, Tensor grad_ladj, int activation, float limit, "
     "float offset, float epsilon, int event_dims, bool inverse) -> (Tensor grad_input, Tensor grad_raw_scale)",
-    // schedule
+    // schedule: steps, seeds and sample_ids hold one number per sample (or one for all) and take precedence
+    "diffusion_step(Tensor sample, Tensor model_output, Tensor coefficients, SymInt step, Tensor? steps, "
+    "Tensor[] history, Tensor? noise, SymInt seed, Tensor? seeds, Tensor? sample_ids, float low, float high) "
+    "-> Tensor next",
+    "diffusion_step_denoised(Tensor sample, Tensor model_output, Tensor coefficients, SymInt step, Tensor? steps, "
+    "Tensor[] history, Tensor? noise, SymInt seed, Tensor? seeds, Tensor? sample_ids, float low, float high) "
+    "-> (Tensor next, Tensor denoised)",
+    "diffusion_step_backward(Tensor sample, Tensor model_output, Tensor coefficients, SymInt step, Tensor? steps, "
+    "float low, float high, Tensor grad_next, Tensor? grad_denoised) -> (Tensor grad_sample, Tensor grad_model_output)",
     // noise
+    "noise(Tensor sample_ids, SymInt[] shape, SymInt seed, Tensor? seeds, SymInt draw, Tensor? draws, "
+    "ScalarType dtype, bool uniform) -> Tensor",
     // cache
     "attend_cached(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
     "Tensor(c!) lengths, float scale) -> Tensor",
