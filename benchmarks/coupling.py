@@ -1,0 +1,76 @@
+"""Affine coupling against eager PyTorch and torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from measure import Case
+from torch import Tensor
+
+from pygen import ops
+
+
+def eager(x: Tensor, raw_scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """What a flow library does: three elementwise passes and a sum."""
+    return x * raw_scale.exp() + shift, raw_scale.sum(-1)
+
+
+def nflows_style(x: Tensor, raw_scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale of nflows: sigmoid(u + 2) + 1e-3."""
+    scale = torch.sigmoid(raw_scale + 2) + 1e-3
+    return x * scale + shift, scale.log().sum(-1)
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    """Small calls, a training batch and a sampling batch."""
+    compiled = torch.compile(eager)
+    compiled_nflows = torch.compile(nflows_style)
+    shapes = [(4, 8), (64, 3072), (64, 49_152)]
+    if device.type == "cuda":
+        shapes.append((256, 65_536))
+    for rows, width in shapes:
+        x, raw, shift = (torch.randn(rows, width, device=device) for _ in range(3))
+        targets = {"eager": 2.0, "compiled": 1.0} if width == 49_152 else {}
+        if width == 8:
+            targets = {"call": 10.0}
+        moved = 4 * (4 * x.numel() + rows)
+        yield Case(
+            "affine forward", f"({rows}, {width})",
+            lambda x=x, raw=raw, shift=shift: ops.affine(x, raw, shift),
+            {
+                "eager": lambda x=x, raw=raw, shift=shift: eager(x, raw, shift),
+                "compiled": lambda x=x, raw=raw, shift=shift: compiled(x, raw, shift),
+            },
+            moved, targets,
+        )  # fmt: skip
+        if width == 8:
+            continue
+        yield Case(
+            "affine forward, sigmoid + epsilon", f"({rows}, {width})",
+            lambda x=x, raw=raw, shift=shift: ops.affine(
+                x, raw, shift, activation="sigmoid", offset=2.0, epsilon=1e-3
+            ),
+            {
+                "eager": lambda x=x, raw=raw, shift=shift: nflows_style(x, raw, shift),
+                "compiled": lambda x=x, raw=raw, shift=shift: compiled_nflows(x, raw, shift),
+            },
+            moved,
+        )  # fmt: skip
+        leaves = [t.requires_grad_() for t in (torch.randn(rows, width, device=device) for _ in range(3))]
+        grad_y, grad_ladj = torch.randn(rows, width, device=device), torch.randn(rows, device=device)
+
+        def train(function: object, leaves: list[Tensor] = leaves, grads: tuple[Tensor, Tensor] = (grad_y, grad_ladj)):
+            return torch.autograd.grad(function(*leaves), leaves, grads)
+
+        compiled_train = torch.compile(eager)
+        yield Case(
+            "affine forward + backward", f"({rows}, {width})",
+            lambda train=train: train(ops.affine),
+            {
+                "eager": lambda train=train: train(eager),
+                "compiled": lambda train=train, c=compiled_train: train(c),
+            },
+            # forward 4, backward reads x, raw and grad_y, writes grad_x and grad_raw; grad_shift is grad_y itself
+            4 * 9 * x.numel(),
+        )  # fmt: skip

@@ -1,0 +1,86 @@
+"""How a benchmark case is described and timed: turn by turn with its rivals in one process.
+
+A family's file, such as coupling.py, has `cases(device)`; run.py finds it by its name in FAMILIES.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Work = Callable[[], Any]
+
+
+@dataclasses.dataclass
+class Case:
+    """One operation on one shape.
+
+    rivals: name -> the same work done another way; each is run once before it is timed.
+    floor_bytes: the fewest bytes the operation must move, each input read and each output written once.
+    targets: rival -> the ratio rival time / our time that is aimed at; "call" -> most microseconds of our time.
+    """
+
+    name: str
+    shape: str
+    ours: Work
+    rivals: dict[str, Work]
+    floor_bytes: int | None = None
+    targets: dict[str, float] = dataclasses.field(default_factory=dict)
+    note: str = ""
+
+
+def seconds(work: Work, repeats: int, device: torch.device) -> float:
+    """Seconds per call, over `repeats` calls."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            work()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3 / repeats
+    began = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    return (time.perf_counter() - began) / repeats
+
+
+def measure(case: Case, device: torch.device, *, rounds: int, slice_seconds: float = 0.01) -> dict[str, Any]:
+    """Median seconds per call of a case and its rivals, taken in turn so that a noisy moment hits them all."""
+    contenders = {"ours": case.ours, **case.rivals}
+    repeats = {}
+    with torch.no_grad() if "backward" not in case.name else torch.enable_grad():
+        for name, work in contenders.items():
+            for _ in range(3):
+                work()
+            repeats[name] = max(1, min(10_000, int(slice_seconds / max(seconds(work, 1, device), 1e-7))))
+        times: dict[str, list[float]] = {name: [] for name in contenders}
+        for _ in range(rounds):
+            for name, work in contenders.items():
+                times[name].append(seconds(work, repeats[name], device))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    spread = {name: (max(values) - min(values)) / medians[name] for name, values in times.items()}
+    return {
+        "name": case.name,
+        "shape": case.shape,
+        "seconds": medians,
+        "spread": spread,
+        "ratios": {name: medians[name] / medians["ours"] for name in case.rivals},
+        "floor_bytes": case.floor_bytes,
+        "targets": case.targets,
+        "note": case.note,
+    }
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second of a large copy, read plus written: the roof of everything that moves memory."""
+    elements = (1 << 30 if device.type == "cuda" else 1 << 27) // 4
+    source, target = (torch.ones(elements, device=device) for _ in range(2))
+    target.copy_(source)
+    best = min(seconds(lambda: target.copy_(source), 1, device) for _ in range(9))
+    return 2 * 4 * elements / best
