@@ -79,6 +79,8 @@ class Compare:
     """Folder for the report and everything beside it."""
     families: tuple[Family, ...] = FAMILY_NAMES
     """Which families, by name."""
+    size: int | None = None
+    """For a folder of images: scale and crop each to this many pixels square."""
     budget: Literal["quick", "full"] = "quick"
     """How long to train: quick is some minutes in all on two cores; full is several times that."""
     seed: int = 0
@@ -123,8 +125,8 @@ class Evaluate:
 
     checkpoint: Annotated[Path, "positional"]
     """Folder that training wrote."""
-    data: str = "digits"
-    """The data it was trained on; the held-out fifth is used."""
+    data: str | None = None
+    """Other data than the model was trained on; the held-out fifth of either is used."""
     steps: int | None = None
     """Network passes to spend on each sample, where the family can choose (diffusion)."""
     seed: int = 0
@@ -174,9 +176,10 @@ def _compare(arguments: list[str]) -> int:
     if not options.families:
         raise UserError(f"--families is empty, but expected some of {', '.join(FAMILY_NAMES)}")
     from pygen.workbench.comparison import compare
+    from pygen.workbench.data import load_data
 
     compare(
-        data=options.data,
+        data=load_data(options.data, size=options.size),
         out=options.out,
         families=list(dict.fromkeys(options.families)),
         budget=options.budget,
@@ -196,17 +199,20 @@ def _train(arguments: list[str]) -> int:
         return 0 if arguments else 2
     family = _known(arguments[0], FAMILY_NAMES, "family")
     from pygen.workbench import recipes
+    from pygen.workbench.data import load_data
 
     options = _parse(_train_options(family), f"train {family}", arguments[1:])
+    train, _ = load_data(options.data, size=options.size).split()
     recipes.train_family(
         family,
-        data=options.data,
+        train,
         out=options.out,
         training=options.training,
         model={field.name: getattr(options.model, field.name) for field in dataclasses.fields(options.model)},
         resume=options.resume,
         device=_device(options.device),
     )
+    print(options.out)
     return 0
 
 
@@ -231,7 +237,7 @@ def _sample(arguments: list[str]) -> int:
     labels = None
     if classes is not None:
         labels = numbers % classes if options.label is None else torch.full_like(numbers, options.label)
-    pictures = draw(model, options.count, labels, seed=options.seed, steps=options.steps)
+    pictures = draw(model, numbers, labels, seed=options.seed, steps=options.steps)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if options.out.suffix == ".npz":
         import numpy as np
@@ -255,11 +261,16 @@ def _sample(arguments: list[str]) -> int:
 def _evaluate(arguments: list[str]) -> int:
     options = _parse(Evaluate, "evaluate", arguments)
     model = _load(options.checkpoint, options.device)
-    from pygen.workbench import recipes
+    from pygen.workbench.checkpoint import load_checkpoint
+    from pygen.workbench.data import load_data, reload_data
     from pygen.workbench.evaluation import Judge, evaluate
     from pygen.workbench.report import terminal_table
 
-    train, test = recipes.load_split(options.data)
+    if options.data is None:
+        origin = dict(load_checkpoint(options.checkpoint).data["origin"])
+        train, test = reload_data(origin, part="train"), reload_data(origin, part="test")
+    else:
+        train, test = load_data(options.data).split()
     judge = Judge(train, test, seed=options.seed)
     result, _ = evaluate(model, judge, seed=options.seed, steps=options.steps)
     rows = {type(model).__name__: dataclasses.asdict(result)}
@@ -313,12 +324,14 @@ def _known(name: str, names: Any, what: str) -> Any:
 def _parse(options: Callable[..., Options], command: str, arguments: list[str]) -> Options:
     tyro = require("tyro", "the command line")
     width = min(shutil.get_terminal_size().columns, 100)
+    # tyro joins lines unless they start with a space.
+    wrapper = textwrap.TextWrapper(width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
     paragraphs = inspect.cleandoc(options.__doc__ or "").split("\n\n")
     parsed: Options = tyro.cli(
         _positional(options),
         prog=f"pygen {command}",
         args=arguments,
-        description="\n\n".join(textwrap.fill(" ".join(paragraph.split()), width) for paragraph in paragraphs),
+        description="\n".join(wrapper.fill(" ".join(paragraph.split())) for paragraph in paragraphs),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     return parsed
@@ -361,13 +374,14 @@ def _train_options(family: Family) -> Any:
     ]
     model = dataclasses.make_dataclass("Model", model_fields, frozen=True, kw_only=True)
     model.__doc__ = (config.__doc__ or "").strip().split("\n")[0]
-    training = recipe.training("quick", seed=0)
+    training = dataclasses.replace(recipe.training, checkpoint_every=1000)
 
     def option(kind: Any, text: str) -> Any:
         return Annotated[kind, tyro.conf.arg(help=text)]
 
     fields: list[tuple[str, Any, Any]] = [
         ("data", option(str, "Digits, photographs, a folder of images, or an IDX or NPZ file."), "digits"),
+        ("size", option(int | None, "For a folder of images: scale and crop each to this many pixels square."), None),
         ("out", option(Path, "Folder for checkpoints."), Path("runs") / family),
         ("resume", option(bool, "Go on from the last checkpoint in the folder, bit for bit."), False),
         ("device", option(str, "Cpu, cuda, or auto: cuda where there is one."), "auto"),

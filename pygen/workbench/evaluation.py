@@ -9,17 +9,14 @@ import dataclasses
 import math
 import statistics
 import time
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pygen.model import Density, GenerativeModel
 from pygen.workbench.classifier import Classifier, accuracy, train_classifier
+from pygen.workbench.data import Dataset
 from pygen.workbench.metrics import class_coverage, frechet_distance, manifold_scores
-
-if TYPE_CHECKING:
-    from pygen.workbench.data import Dataset
 
 CHUNK = 500
 SPREAD = 100.0
@@ -62,18 +59,20 @@ class Evaluation(Quality):
 class Judge:
     """A classifier of the training split, and the features of the test split to hold pictures against.
 
-    Every set that is judged has as many pictures as the training split, with its labels, so that the training split
+    Every set that is judged has as many pictures as the training split (`limit` at most), with its labels, so that the training split
     itself is a fair row to beat: sizes and class frequencies are the same, and only the pictures differ.
     """
 
     def __init__(self, train: Dataset, test: Dataset, *, seed: int = 0, limit: int = 2000) -> None:
         self.levels = train.levels
-        self.real = as_floats(train.pictures[:limit], train.levels)
-        self.labels = None if train.labels is None else train.labels[:limit]
-        self.test = as_floats(test.pictures, test.levels)
+        self.shape = train.shape
+        chosen = spread(len(train), limit)
+        self.real = train.values(chosen)
+        self.labels = None if train.labels is None else train.labels[chosen]
+        self.test = test.values()
         self.test_labels = test.labels
         self.classifier: Classifier = train_classifier(
-            as_floats(train.pictures, train.levels), train.labels, train.classes, seed=seed
+            train.values(), train.labels, train.classes, seed=seed
         )
         features, predicted = self.classifier.read(self.test)
         self.scale = math.sqrt(SPREAD / float(features.double().var(0).sum()))
@@ -89,7 +88,8 @@ class Judge:
     def noise(self, *, seed: int = 0) -> Tensor:
         """As many pictures of independent, uniform grey values: what a model that learnt nothing draws."""
         generator = torch.Generator().manual_seed(seed)
-        return as_floats(torch.randint(self.levels, self.real.shape, generator=generator), self.levels)
+        values = torch.randint(self.levels, self.real.shape, generator=generator)
+        return values.float() * (2 / (self.levels - 1)) - 1
 
     def score(self, pictures: Tensor, labels: Tensor | None = None) -> Quality:
         """The quality of pictures (n, channels, height, width) in [-1, 1], made for `labels` (n,) if given."""
@@ -105,22 +105,22 @@ class Judge:
         )
 
 
-def as_floats(pictures: Tensor, levels: int) -> Tensor:
-    """x = 2 k / (levels - 1) - 1 of grey values k, as float32 in [-1, 1]."""
-    return pictures.float() * (2 / (levels - 1)) - 1
+def spread(n: int, count: int) -> Tensor:
+    """At most `count` of the numbers 0 .. n-1, evenly spaced, so that sorted data keep their proportions."""
+    return torch.arange(n) if n <= count else torch.arange(count) * n // count
 
 
 @torch.no_grad()
 def draw(
-    model: GenerativeModel, n: int, labels: Tensor | None = None, *, seed: int = 0, steps: int | None = None
+    model: GenerativeModel, ids: Tensor, labels: Tensor | None = None, *, seed: int = 0, steps: int | None = None
 ) -> Tensor:
-    """n samples on the CPU, rounded to the grey values of the data, as real pictures are; labels int64 (n,)."""
+    """The samples of these numbers (n,), on the CPU, rounded to the grey values that real pictures have; labels (n,)."""
     model.eval()
-    condition = labels if model.config.classes is not None else None
+    conditional = labels is not None and model.config.classes is not None
     rows = []
-    for ids in torch.arange(n).split(CHUNK):
-        chosen = None if condition is None else condition[ids]
-        x = model.sample(len(ids), ids=ids, condition=chosen, seed=seed, steps=steps)
+    for chunk in torch.arange(len(ids)).split(CHUNK):
+        condition = labels[chunk].to(model.device) if labels is not None and conditional else None
+        x = model.sample(len(chunk), ids=ids[chunk].to(model.device), condition=condition, seed=seed, steps=steps)
         rows.append(model.dequantize(model.quantize(x)).cpu())
     return torch.cat(rows)
 
@@ -169,13 +169,13 @@ def evaluate(
 
     Raises ValueError when the model was built for pictures of another shape or another number of grey values.
     """
-    expected = (tuple(judge.real.shape[1:]), judge.levels)
+    expected = (judge.shape, judge.levels)
     if (model.config.shape, model.config.levels) != expected:
         raise ValueError(
             f"the model makes pictures of shape {model.config.shape} with {model.config.levels} grey values, "
             f"but the data has shape {expected[0]} with {expected[1]}"
         )
-    samples = draw(model, judge.count, judge.labels, seed=seed, steps=steps)
+    samples = draw(model, torch.arange(judge.count), judge.labels, seed=seed, steps=steps)
     bits = bits_per_dim(model, judge.test, judge.test_labels, seed=seed)
     quality = judge.score(samples, judge.labels if model.config.classes is not None else None)
     evaluation = Evaluation(
@@ -185,7 +185,7 @@ def evaluate(
         bits_error=None if bits is None else bits[1],
         sample_seconds=seconds_per_100(model, seed=seed, steps=steps),
         network_passes=model.network_passes(steps),
-        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        parameters=sum(p.numel() for p in model.parameters()),
     )
     return evaluation, samples
 
@@ -193,11 +193,12 @@ def evaluate(
 def quality_by_steps(
     model: GenerativeModel, judge: Judge, steps: list[int], *, count: int, seed: int = 0
 ) -> list[dict[str, float]]:
-    """The quality of `count` samples for each number of steps, all from one trained model."""
-    labels = None if judge.labels is None else judge.labels[:count]
+    """The quality of `count` of the judged samples for each number of steps, all from one trained model."""
+    ids = spread(judge.count, count)
+    labels = None if judge.labels is None else judge.labels[ids]
     curve = []
     for each in steps:
-        samples = draw(model, count, labels, seed=seed, steps=each)
+        samples = draw(model, ids, labels, seed=seed, steps=each)
         quality = judge.score(samples)
         curve.append(
             {

@@ -1,0 +1,221 @@
+"""The main job: train the families on the same pictures for about the same time, and hold them beside each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pygen
+from pygen.model import Density, GenerativeModel, Stage
+from pygen.workbench import figures, report
+from pygen.workbench.data import Dataset
+from pygen.workbench.evaluation import Judge, evaluate, quality_by_steps, spread
+from pygen.workbench.information import library_versions, processor_name
+from pygen.workbench.recipes import RECIPES, train_family, training_for
+from pygen.workbench.training import TrainingConfig
+
+STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+# Enough for the shape of the curve; 511 passes over more would outlast the training.
+CURVE_PICTURES = 500
+ROWS_SHOWN = 8
+WAYS_SHOWN = 3
+
+
+def compare(
+    *,
+    data: Dataset,
+    out: Path,
+    families: Sequence[str],
+    budget: str = "quick",
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train and judge the families; the summary that is also written to `out`/summary.json.
+
+    Writes report.html, summary.json, samples_<family>.png, crossing.png, passes.svg and a folder of checkpoints for
+    each family, and prints the table and the path of the report. The split of the data is the same for every seed.
+
+    Raises ValueError for an unknown budget, no families, or data that cannot be split, before any training.
+    """
+    if not families:
+        raise ValueError("families is empty, but expected at least one name")
+    training = {family: training_for(family, budget=budget, seed=seed) for family in families}
+    start = time.perf_counter()
+    train, test = data.split()
+    out.mkdir(parents=True, exist_ok=True)
+    say = print if progress else _silent
+
+    say(f"{data.name}: {len(train)} pictures to train on, {len(test)} held out; training the judge", flush=True)
+    judge = Judge(train, test, seed=seed)
+    real, noise = judge.score(judge.real, judge.labels), judge.score(judge.noise(seed=seed))
+    if judge.accuracy is not None:
+        say(f"the judge reads {judge.accuracy:.1%} of the held-out pictures correctly", flush=True)
+
+    rows: dict[str, dict[str, Any]] = {}
+    models: dict[str, GenerativeModel] = {}
+    samples: dict[str, Tensor] = {}
+    for number, family in enumerate(families, 1):
+        say(f"\n[{number}/{len(families)}] {figures.TITLES[family]}: training", flush=True)
+        folder = out / "checkpoints" / family
+        shutil.rmtree(folder, ignore_errors=True)
+        trained = train_family(
+            family, train, training=training[family], out=folder, device=device, progress=progress
+        )
+        say(f"[{number}/{len(families)}] {figures.TITLES[family]}: judging", flush=True)
+        result, samples[family] = evaluate(trained.ema, judge, seed=seed)
+        rows[family] = {**dataclasses.asdict(result), "train_seconds": trained.seconds}
+        models[family] = trained.ema
+
+    say("\nsampling with 1, 2, 4 ... steps, and drawing the figures", flush=True)
+    summary: dict[str, Any] = {
+        "families": rows,
+        "real": _yardstick(dataclasses.asdict(real), None, None),
+        "noise": _yardstick(dataclasses.asdict(noise), Density.EXACT.value, math.log2(train.levels)),
+        "machine": machine(device),
+        "seed": seed,
+        "budget": budget,
+        "data": {
+            "name": data.name,
+            "shape": list(train.shape),
+            "levels": train.levels,
+            "classes": train.classes,
+            "dimensions": math.prod(train.shape),
+            "train": len(train),
+            "test": len(test),
+            "judged": judge.count,
+        },
+        "classifier": {"accuracy": judge.accuracy, "features": judge.classifier.num_features},
+        "steps_curve": _curves(models, samples, judge, seed=seed, progress=progress),
+        "recipes": {family: _shown(config, RECIPES[family].model) for family, config in training.items()},
+        "versions": {
+            "pygen": pygen.__version__,
+            "python": sys.version.split()[0],
+            **library_versions("torch", "numpy", "torchmetrics", "sklearn", "matplotlib"),
+        },
+    }
+    return _write(summary, out, judge, models, samples, test, start=start, seed=seed, say=say)
+
+
+def machine(device: torch.device | str) -> dict[str, Any]:
+    """Processor, threads and device that the times belong to."""
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return {
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": name,
+        "system": f"{os.uname().sysname} {os.uname().machine}",
+    }
+
+
+def _shown(training: TrainingConfig, model: Mapping[str, Any]) -> dict[str, Any]:
+    keys = ("steps", "batch_size", "learning_rate", "betas", "weight_decay", "schedule", "ema_images")
+    return {**{key: getattr(training, key) for key in keys}, "model": ", ".join(f"{k}={v}" for k, v in model.items())}
+
+
+def _yardstick(quality: Mapping[str, Any], density: str | None, bits: float | None) -> dict[str, Any]:
+    costs = ("bits_error", "sample_seconds", "network_passes", "train_seconds", "parameters")
+    return {**quality, "density": density, "bits_per_dim": bits, **dict.fromkeys(costs)}
+
+
+def _curves(
+    models: Mapping[str, GenerativeModel], samples: Mapping[str, Tensor], judge: Judge, *, seed: int, progress: bool
+) -> dict[str, Any]:
+    """Quality against the number of passes: diffusion with each number of steps, every family at its own setting."""
+    ids = spread(judge.count, CURVE_PICTURES)
+    count = len(ids)
+    points = {
+        family: {
+            "network_passes": model.network_passes(),
+            "frechet": judge.score(samples[family][ids]).frechet,
+        }
+        for family, model in models.items()
+    }
+    curve: list[dict[str, float]] = []
+    if "diffusion" in models:
+        limit = getattr(models["diffusion"].config, "timesteps", STEPS[-1])
+        for steps in (each for each in STEPS if each <= limit):
+            curve += quality_by_steps(models["diffusion"], judge, [steps], count=count, seed=seed)
+            if progress:
+                print(f"  {steps:>4} steps: Frechet distance {curve[-1]['frechet']:.2f}", flush=True)
+    return {
+        "count": count,
+        "diffusion": curve,
+        "families": points,
+        "real": judge.score(judge.real[ids]).frechet,
+        "noise": judge.score(judge.noise(seed=seed)[ids]).frechet,
+    }
+
+
+def _write(
+    summary: dict[str, Any],
+    out: Path,
+    judge: Judge,
+    models: Mapping[str, GenerativeModel],
+    samples: Mapping[str, Tensor],
+    test: Dataset,
+    *,
+    start: float,
+    seed: int,
+    say: Any,
+) -> dict[str, Any]:
+    rows, curve = summary["families"], summary["steps_curve"]
+    ink = figures.is_ink(judge.real)
+    shown, columns = in_columns(test.labels, test.classes, len(test))
+    shown_real = judge.test[shown]
+    sheets = {"real": figures.sheet_png(shown_real, columns, ink=ink)}
+    for family, pictures in samples.items():
+        drawn = pictures[in_columns(judge.labels, test.classes, judge.count)[0]]
+        sheets[family] = figures.sheet_png(drawn, columns, ink=ink)
+        beside = figures.samples_beside_real(drawn, shown_real, figures.TITLES[family], columns=columns, ink=ink)
+        (out / f"samples_{family}.png").write_bytes(beside)
+
+    ways = {family: _way(model, seed=seed) for family, model in models.items()}
+    crossing = figures.crossing(ways, ink=ink)
+    points = {
+        family: (point["network_passes"], rows[family]["sample_seconds"], point["frechet"])
+        for family, point in curve["families"].items()
+    }
+    passes = figures.quality_against_passes(curve["diffusion"], points, real=curve["real"], noise=curve["noise"])
+    (out / "crossing.png").write_bytes(crossing)
+    (out / "passes.svg").write_bytes(passes)
+
+    summary["seconds"] = time.perf_counter() - start
+    (out / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    page = out / "report.html"
+    page.write_text(report.render(summary, sheets, crossing, passes), encoding="utf-8")
+    say("\n" + report.terminal_table({"real": summary["real"], **rows, "noise": summary["noise"]}))
+    say(f"\n{page}", flush=True)
+    return summary
+
+
+def in_columns(labels: Tensor | None, classes: int | None, n: int) -> tuple[Tensor, int]:
+    """Which of n pictures to show, row by row, and in how many columns: the first of each class under each other."""
+    if labels is not None and classes is not None and 2 <= classes <= 12:
+        rows = min(ROWS_SHOWN, int(torch.bincount(labels, minlength=classes).min()))
+        if rows > 0:
+            of_class = [torch.nonzero(labels == label).flatten()[:rows] for label in range(classes)]
+            return torch.stack(of_class, dim=1).flatten(), classes
+    return torch.arange(min(n, ROWS_SHOWN**2)), ROWS_SHOWN
+
+
+def _way(model: GenerativeModel, *, seed: int) -> list[Stage]:
+    with torch.no_grad():
+        return model.eval().trajectory(WAYS_SHOWN, ids=torch.arange(WAYS_SHOWN), seed=seed)
+
+
+def _silent(*_: Any, **__: Any) -> None:
+    return None
