@@ -23,7 +23,7 @@ FAMILIES: dict[str, Family] = {
     "gan": Family("pygen.gan", "GAN", "GANConfig"),
     "vae": Family("pygen.vae", "VAE", "VAEConfig"),
     "flow": Family("pygen.flows", "RealNVP", "RealNVPConfig"),
-    "diffusion": Family("pygen.diffusion", "DDPM", "DDPMConfig"),
+    "diffusion": Family("pygen.diffusion", "Diffusion", "DiffusionConfig"),
     "autoregressive": Family("pygen.autoregressive", "GatedPixelCNN", "GatedPixelCNNConfig"),
 }
 
