@@ -8,10 +8,12 @@ reference agrees with every kernel in every bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from pygen import _native
 
 NORMAL_STREAM, UNIFORM_STREAM, TOKEN_STREAM = 0, 1, 2  # the top two bits of the counter's draw word
 DRAW_LIMIT = 2**30
@@ -113,7 +115,7 @@ def noise(
 
     Source: Philox4x32-10 of Salmon et al. 2011 (SC'11), and Box and Muller 1958.
     """
-    return noise_reference(sample_ids, shape, seed=seed, draw=draw, dtype=dtype)
+    return _generate(sample_ids, shape, seed, draw, dtype, noise_reference, uniform=False)
 
 
 def uniform(
@@ -128,7 +130,36 @@ def uniform(
 
     bfloat16 and float16 round to nearest, which can reach 1.
     """
-    return uniform_reference(sample_ids, shape, seed=seed, draw=draw, dtype=dtype)
+    return _generate(sample_ids, shape, seed, draw, dtype, uniform_reference, uniform=True)
+
+
+def _generate(
+    sample_ids: Tensor,
+    shape: Sequence[int],
+    seed: int | Tensor,
+    draw: int | Tensor,
+    dtype: torch.dtype,
+    reference: Callable[..., Tensor],
+    *,
+    uniform: bool,
+) -> Tensor:
+    kernels = _native.kernels_for(sample_ids)
+    if kernels is None:
+        return reference(sample_ids, shape, seed=seed, draw=draw, dtype=dtype)
+    check_address(sample_ids, seed, draw)
+    _check_output(shape, dtype)
+    seed, seeds = split_seed(seed)
+    draw, draws = (0, draw) if isinstance(draw, Tensor) else (draw, None)
+    out: Tensor = kernels.noise(sample_ids, shape, seed, seeds, draw, draws, dtype, uniform)
+    return out
+
+
+@_native.register_fake("noise")
+def _noise_fake(
+    sample_ids: Tensor, shape: Sequence[int], seed: int, seeds: Tensor | None, draw: int, draws: Tensor | None,
+    dtype: torch.dtype, uniform: bool,
+) -> Tensor:  # fmt: skip
+    return sample_ids.new_empty((sample_ids.shape[0], *shape), dtype=dtype)
 
 
 def check_address(sample_ids: Tensor, seed: int | Tensor, draw: int | Tensor) -> None:
@@ -137,11 +168,12 @@ def check_address(sample_ids: Tensor, seed: int | Tensor, draw: int | Tensor) ->
         raise TypeError(f"sample_ids has dtype {sample_ids.dtype}, but expected torch.int64")
     if sample_ids.dim() != 1:
         raise ValueError(f"sample_ids has shape {tuple(sample_ids.shape)}, but expected (n,)")
-    _check_number("seed", seed, sample_ids, -(2**63), 2**64)
-    _check_number("draw", draw, sample_ids, 0, DRAW_LIMIT)
+    check_number("seed", seed, sample_ids, -(2**63), 2**64)
+    check_number("draw", draw, sample_ids, 0, DRAW_LIMIT)
 
 
-def _check_number(name: str, value: int | Tensor, sample_ids: Tensor, low: int, high: int) -> None:
+def check_number(name: str, value: int | Tensor, sample_ids: Tensor, low: int, high: int) -> None:
+    """Raise what is wrong with an int in low .. high - 1, or an int64 tensor of it, 0-dim or one per sample."""
     if isinstance(value, Tensor):
         if value.dtype != torch.int64:
             raise TypeError(f"{name} has dtype {value.dtype}, but expected torch.int64")
@@ -157,7 +189,19 @@ def _check_number(name: str, value: int | Tensor, sample_ids: Tensor, low: int, 
 
 def signed_seed(seed: int) -> int:
     """The same 64 bits as a signed number, which is what an operator takes."""
-    return (seed + 2**63) % 2**64 - 2**63
+    return seed if seed < 2**63 else seed - 2**64
+
+
+def split_seed(seed: int | Tensor) -> tuple[int, Tensor | None]:
+    """A seed as the two arguments of an operator: a signed number, and the tensor that takes precedence."""
+    return (0, seed) if isinstance(seed, Tensor) else (signed_seed(seed), None)
+
+
+def _check_output(shape: Sequence[int], dtype: torch.dtype) -> None:
+    if dtype not in _DTYPES:
+        raise TypeError(f"dtype is {dtype}, but expected float32, float64, bfloat16 or float16")
+    if min(shape, default=1) < 0 or math.prod(shape) > ELEMENT_LIMIT:
+        raise ValueError(f"shape is {tuple(shape)}, but expected sizes from 0 with at most 2^34 elements")
 
 
 def _words(
@@ -169,14 +213,10 @@ def _words(
     dtype: torch.dtype,
 ) -> Tensor:
     check_address(sample_ids, seed, draw)
-    if dtype not in _DTYPES:
-        raise TypeError(f"dtype is {dtype}, but expected float32, float64, bfloat16 or float16")
-    elements = math.prod(shape)
-    if min(shape, default=1) < 0 or elements > ELEMENT_LIMIT:
-        raise ValueError(f"shape is {tuple(shape)}, but expected sizes from 0 with at most 2^34 elements")
+    _check_output(shape, dtype)
     seeds = seed if isinstance(seed, Tensor) else sample_ids.new_tensor(signed_seed(seed))
     draws = draw if isinstance(draw, Tensor) else sample_ids.new_tensor(draw)
-    blocks = torch.arange((elements + 3) // 4, device=sample_ids.device)
+    blocks = torch.arange((math.prod(shape) + 3) // 4, device=sample_ids.device)
     return philox_reference(seeds.reshape(-1, 1), sample_ids.reshape(-1, 1), stream, draws.reshape(-1, 1), blocks)
 
 
@@ -202,7 +242,9 @@ def _normal_pair(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tenso
     p = p * t + -0.39926123619079590
     p = p * t + 0.5000267624855042
     p = p * t + -0.6666781902313232
-    radius = torch.sqrt(exponent * -1.3862943649291992 + (p * t * square + square + t * -2.0))
+    total = exponent * -1.3862943649291992 + (p * t * square + square + t * -2.0)
+    # PyTorch's float32 square root on the CPU may be one unit off; from float64 it rounds as IEEE 754 asks.
+    radius = total.double().sqrt().float()
 
     low = (angle_word << 2) & _WORD
     f = (low - ((low & 0x80000000) << 1)).to(torch.float32) * 2.0**-32

@@ -7,14 +7,18 @@ x is the sample, e the model's output, z the noise, h_i what the solver kept of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from pygen.ops.noise import check_address, noise_reference
+from pygen import _native
+from pygen.ops.noise import check_address, noise_reference, split_seed
+from pygen.ops.noise import noise as addressed_noise
 
 Clip = float | tuple[float, float] | None
+
+MAX_HISTORY = 8  # of the CUDA kernel; longer histories run on the reference
 
 
 def diffusion_step_reference(
@@ -32,7 +36,7 @@ def diffusion_step_reference(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The specification of `diffusion_step` in PyTorch operations."""
     _check(sample, model_output, coefficients, step, history, noise, seed, sample_ids)
-    wide = torch.float64 if sample.dtype == torch.float64 else torch.float32
+    wide = _arithmetic_dtype(sample)
     row = _row(coefficients, step, sample.dim()).to(wide)
     x, e = sample.to(wide), model_output.to(wide)
     denoised = row[0] * x + row[1] * e
@@ -40,15 +44,87 @@ def diffusion_step_reference(
         denoised = denoised.clamp(*clip_bounds(clip))
     result = row[2] * denoised + row[3] * x + row[4] * e
     if seed is not None and sample_ids is not None:
-        # A step out of range has a row of NaN, whatever its noise.
-        draw = step & (2**30 - 1) if isinstance(step, Tensor) else step
-        noise = noise_reference(sample_ids, sample.shape[1:], seed=seed, draw=draw)
+        noise = noise_reference(sample_ids, sample.shape[1:], seed=seed, draw=step)
     if noise is not None:
         result = result + row[5] * noise.to(wide)
     for i, value in enumerate(history):
         result = result + row[6 + i] * value.to(wide)
     result = result.to(sample.dtype)
     return (result, denoised.to(sample.dtype)) if return_denoised else result
+
+
+@_native.register_fake("diffusion_step")
+def _step_fake(sample: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(sample, memory_format=torch.contiguous_format)
+
+
+@_native.register_fake("diffusion_step_denoised")
+def _step_denoised_fake(sample: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _step_fake(sample), _step_fake(sample)
+
+
+@_native.register_fake("diffusion_step_backward")
+def _step_backward_fake(sample: Tensor, model_output: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _step_fake(sample), _step_fake(model_output)
+
+
+class _DiffusionStep(torch.autograd.Function):
+    """Saves the sample and the model's output only where a clip needs them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        sample: Tensor,
+        model_output: Tensor,
+        noise: Tensor | None,
+        coefficients: Tensor,
+        steps: Tensor | None,
+        seeds: Tensor | None,
+        sample_ids: Tensor | None,
+        numbers: tuple[int, int, float, float, bool],
+        *history: Tensor,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        index, seed, low, high, return_denoised = numbers
+        kernels = _native.kernels_for(sample)
+        assert kernels is not None
+        operator = kernels.diffusion_step_denoised if return_denoised else kernels.diffusion_step
+        ctx.numbers = numbers
+        ctx.dtypes = [None if t is None else t.dtype for t in (sample, model_output, noise, *history)]
+        clipped = low != -torch.inf or high != torch.inf
+        ctx.save_for_backward(coefficients, steps, *((sample, model_output) if clipped else (None, None)))
+        result: Tensor | tuple[Tensor, Tensor] = operator(
+            sample, model_output, coefficients, index, steps, list(history), noise, seed, seeds, sample_ids, low, high
+        )
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad_next: Tensor, grad_denoised: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        coefficients, steps, sample, model_output = ctx.saved_tensors
+        index, _, low, high, _ = ctx.numbers
+        wide = _arithmetic_dtype(grad_next)
+        row = _row(coefficients, index if steps is None else steps, grad_next.dim()).to(wide)
+        wanted = list(ctx.needs_input_grad)
+        grads: list[Tensor | None] = [None] * len(wanted)
+        if sample is not None and not torch.is_grad_enabled() and (wanted[0] or wanted[1]):
+            kernels = _native.kernels_for(sample)
+            assert kernels is not None
+            grads[0], grads[1] = kernels.diffusion_step_backward(
+                sample, model_output, coefficients, index, steps, low, high, grad_next, grad_denoised
+            )
+        elif wanted[0] or wanted[1]:
+            grad = grad_next.to(wide)
+            inner = row[2] * grad if grad_denoised is None else row[2] * grad + grad_denoised.to(wide)
+            if sample is not None:
+                denoised = row[0] * sample.to(wide) + row[1] * model_output.to(wide)
+                inner = inner.where((denoised >= low) & (denoised <= high), 0)
+            grads[0] = (row[3] * grad + row[0] * inner).to(ctx.dtypes[0]) if wanted[0] else None
+            grads[1] = (row[4] * grad + row[1] * inner).to(ctx.dtypes[1]) if wanted[1] else None
+        if wanted[2]:
+            grads[2] = (row[5] * grad_next).to(ctx.dtypes[2])
+        for i in range(row.shape[0] - 6):
+            if wanted[8 + i]:
+                grads[8 + i] = (row[6 + i] * grad_next).to(ctx.dtypes[3 + i])
+        return tuple(grads)
 
 
 @overload
@@ -120,18 +196,78 @@ def diffusion_step(
     Source: the common form of DDPM (Ho et al. 2020, eq. 7), DDIM (Song et al. 2021, eq. 12), DPM-Solver++ (Lu et al.
     2022) and their kin.
     """
-    return diffusion_step_reference(
-        sample,
-        model_output,
+    kernels = _native.kernels_for(sample)
+    if kernels is None or len(history) > MAX_HISTORY or _native.wants_gradient(coefficients):
+        return diffusion_step_reference(
+            sample, model_output, coefficients, step=step, history=history, noise=noise, seed=seed,
+            sample_ids=sample_ids, clip=clip, return_denoised=return_denoised,
+        )  # fmt: skip
+    _check(sample, model_output, coefficients, step, history, noise, seed, sample_ids)
+    if not sample.is_contiguous():
+        order = _memory_order(sample)
+        if order is not None:
+            return _step_in_order(
+                order, sample, model_output, coefficients, step, history, noise, seed, sample_ids, clip, return_denoised
+            )
+    low, high = (-torch.inf, torch.inf) if clip is None else clip_bounds(clip)
+    index, steps = (0, step) if isinstance(step, Tensor) else (step, None)
+    number, seeds = (0, None) if seed is None else split_seed(seed)
+    if _native.wants_gradient(sample, model_output, noise, *history):
+        numbers = (index, number, low, high, return_denoised)
+        result: Tensor | tuple[Tensor, Tensor] = _DiffusionStep.apply(  # type: ignore[no-untyped-call]
+            sample, model_output, noise, coefficients, steps, seeds, sample_ids, numbers, *history
+        )
+        return result
+    operator = kernels.diffusion_step_denoised if return_denoised else kernels.diffusion_step
+    result = operator(
+        sample, model_output, coefficients, index, steps, history, noise, number, seeds, sample_ids, low, high
+    )
+    return result
+
+
+def _memory_order(sample: Tensor) -> list[int] | None:
+    """The dimensions as they lie in memory (channels_last: 0, 2, 3, 1), where the sample fills it without gaps and
+    starts with the samples; else None."""
+    strides = sample.stride()
+    order = sorted(range(len(strides)), key=lambda d: (-strides[d], d))
+    return order if order[0] == 0 and sample.permute(order).is_contiguous() else None
+
+
+def _step_in_order(
+    order: list[int],
+    sample: Tensor,
+    model_output: Tensor,
+    coefficients: Tensor,
+    step: int | Tensor,
+    history: Sequence[Tensor],
+    noise: Tensor | None,
+    seed: int | Tensor | None,
+    sample_ids: Tensor | None,
+    clip: Clip,
+    return_denoised: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The step on tensors seen in the sample's memory order, so that the result has the sample's layout."""
+    if seed is not None and sample_ids is not None:
+        # Noise is addressed in the logical order of elements.
+        noise = addressed_noise(sample_ids, sample.shape[1:], seed=seed, draw=step)
+    result: Tensor | tuple[Tensor, Tensor] = diffusion_step(  # type: ignore[call-overload]
+        sample.permute(order),
+        model_output.permute(order),
         coefficients,
         step=step,
-        history=history,
-        noise=noise,
-        seed=seed,
-        sample_ids=sample_ids,
+        history=[h.permute(order) for h in history],
+        noise=None if noise is None else noise.permute(order),
         clip=clip,
         return_denoised=return_denoised,
     )
+    back = [order.index(d) for d in range(len(order))]
+    if isinstance(result, tuple):
+        return result[0].permute(back), result[1].permute(back)
+    return result.permute(back)
+
+
+def _arithmetic_dtype(sample: Tensor) -> torch.dtype:
+    return torch.float64 if sample.dtype == torch.float64 else torch.float32
 
 
 def clip_bounds(clip: float | tuple[float, float]) -> tuple[float, float]:
