@@ -35,7 +35,6 @@ PYGEN_CLONES double affine_rows(const T* __restrict x, const T* __restrict raw_s
 
 template <bool kInverse, class T>
 PYGEN_CLONES void additive_rows(const T* __restrict x, const T* __restrict shift, T* __restrict y, int64_t n) {
-#pragma omp simd
   for (int64_t i = 0; i < n; ++i) y[i] = kInverse ? x[i] - shift[i] : x[i] + shift[i];
 }
 
@@ -43,7 +42,6 @@ template <Activation A, bool kInverse, class T>
 PYGEN_CLONES void affine_backward_rows(const T* __restrict x, const T* __restrict raw_scale,
                                        const T* __restrict grad_output, T grad_ladj, T* __restrict grad_input,
                                        T* __restrict grad_raw_scale, int64_t n, AffineOptions<T> options) {
-#pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const ScaleSlope<T> scale =
         affine_scale_slope<A>(raw_scale[i] + options.offset, options.limit, options.epsilon);
