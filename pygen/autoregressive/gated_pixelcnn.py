@@ -24,7 +24,7 @@ from pygen.ops.noise import TOKEN_STREAM, philox_uniform_reference, signed_seed
 class GatedPixelCNNConfig(ModelConfig):
     """What a Gated PixelCNN is made of.
 
-    layers: gated layers; together they should reach across the picture, 1 + first_reach + layers - 1 rows up.
+    layers: gated layers. Each reaches kernel_size // 2 further, and together they should reach across the picture.
     width: channels of each stack, a multiple of the picture's channels.
     head: channels between the stacks and the logits, a multiple of the picture's channels.
     first_kernel_size, kernel_size: odd; of the first layer and of the others.
@@ -90,7 +90,7 @@ class GatedLayer(nn.Module):
 
     def _gate(self, x: Tensor) -> Tensor:
         # Value and gate alternate, so that both are of the same colour group.
-        value, gate = x.unflatten(1, (-1, 2)).unbind(2)
+        value, gate = torch.unflatten(x, 1, (-1, 2)).unbind(2)
         return F.dropout(value.tanh() * gate.sigmoid(), self.dropout, self.training)
 
 
@@ -115,7 +115,7 @@ class GatedPixelCNN(GenerativeModel):
         nn.init.zeros_(self.head.weight)
 
     def logits(self, x: Tensor, *, condition: Tensor | None = None) -> Tensor:
-        """Unnormalized log-probabilities of each element given those before it: (n, channels, levels, height, width)."""
+        """(n, channels, levels, height, width) unnormalized log-probabilities of each element given those before it."""
         x = self.check_pictures(x)
         condition = self.check_condition(condition, len(x))
         return self._horizontal(x, self._vertical(x, condition))
@@ -279,6 +279,6 @@ class GatedPixelCNN(GenerativeModel):
         broken = total.isnan()
         if broken.any():
             raise RuntimeError(
-                f"sample {int(ids[broken][0])} met logits that are no distribution: the model's parameters are not finite"
+                f"sample {int(ids[broken][0])} met logits that are no distribution; the parameters are not finite"
             )
         return x, total.to(x.dtype)

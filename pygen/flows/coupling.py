@@ -81,7 +81,7 @@ class AffineCoupling(nn.Module):
         return torch.cat((moved, kept) if self.flip else (kept, moved), dim=1), ladj
 
     def _affine(self, x: Tensor, raw_scale: Tensor, shift: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        return ops.affine(  # type: ignore[no-any-return]
+        return ops.affine(
             x,
             raw_scale,
             shift,
