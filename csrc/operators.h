@@ -29,8 +29,8 @@ constexpr const char* kSchemas[] = {
     // cache
     "attend_cached(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
     "Tensor(c!) lengths, float scale) -> Tensor",
-    // sampling: seeds and positions, one per row or one for all, take precedence over seed and position
-    "sample_logits(Tensor logits, Tensor? seeds, int seed, Tensor sample_ids, Tensor? positions, int position, "
+    // sampling: seeds and positions, (rows,) or (), take precedence over seed and position
+    "sample_logits(Tensor logits, Tensor sample_ids, int seed, Tensor? seeds, int position, Tensor? positions, "
     "float temperature, int top_k, float top_p) -> (Tensor token, Tensor log_prob)",
 };
 

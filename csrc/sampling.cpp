@@ -277,8 +277,8 @@ class RowSampler {
   T *copy_, *weight_, *some_, *some_weight_, *peaks_;
 };
 
-std::tuple<Tensor, Tensor> sample_logits(Tensor logits, std::optional<Tensor> seeds, int64_t seed, Tensor sample_ids,
-                                         std::optional<Tensor> positions, int64_t position, double temperature,
+std::tuple<Tensor, Tensor> sample_logits(Tensor logits, Tensor sample_ids, int64_t seed, std::optional<Tensor> seeds,
+                                         int64_t position, std::optional<Tensor> positions, double temperature,
                                          int64_t top_k, double top_p) {
   check_sample_logits(logits, sample_ids, temperature, top_k, top_p);
   const int64_t rows = logits.size(0), vocabulary = logits.size(1);

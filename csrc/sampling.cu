@@ -261,8 +261,8 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(Arguments<Stored, T> a
   }
 }
 
-std::tuple<Tensor, Tensor> sample_logits(Tensor logits, std::optional<Tensor> seeds, int64_t seed, Tensor sample_ids,
-                                         std::optional<Tensor> positions, int64_t position, double temperature,
+std::tuple<Tensor, Tensor> sample_logits(Tensor logits, Tensor sample_ids, int64_t seed, std::optional<Tensor> seeds,
+                                         int64_t position, std::optional<Tensor> positions, double temperature,
                                          int64_t top_k, double top_p) {
   check_sample_logits(logits, sample_ids, temperature, top_k, top_p);
   const int64_t rows = logits.size(0);

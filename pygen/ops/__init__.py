@@ -32,6 +32,8 @@ _FAMILY_OF = {
 # Public operator -> the kernels it calls, by their names in csrc/operators.h.
 OPERATORS = {
     "affine": ("affine_forward", "affine_inverse", "affine_backward"),
+    "attend_cached": ("attend_cached",),
+    "sample_logits": ("sample_logits",),
 }
 
 __all__ = [
