@@ -1,0 +1,139 @@
+"""The built libraries: their symbols, how they are found, what is said when they are not, and a light import."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pygen.ops
+from pygen import _native
+
+FOLDER = Path(_native._runtime.__file__).parent
+LIBRARIES = sorted(FOLDER.glob("libpygen_*.so"))
+
+
+def symbols(path: Path, *options: str) -> list[str]:
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("nm (binutils) is not installed")
+    return subprocess.run([nm, "-D", "-C", *options, str(path)], check=True, capture_output=True, text=True).stdout.split("\n")
+
+
+@pytest.mark.parametrize("path", LIBRARIES, ids=lambda path: path.stem)
+def test_only_the_stable_abi_is_used(path):
+    undefined = [line for line in symbols(path, "--undefined-only") if "at::" in line or "c10::" in line]
+    assert undefined == [], f"{path.name} needs symbols that change with PyTorch's version"
+    assert any("aoti_torch" in line for line in symbols(path, "--undefined-only")), "nm shows no stable-ABI symbol"
+
+
+@pytest.mark.parametrize("path", LIBRARIES, ids=lambda path: path.stem)
+def test_operator_libraries_know_no_python(path):
+    assert not [line for line in symbols(path, "--undefined-only") if " Py" in line]
+
+
+def test_the_runtime_module_knows_no_torch():
+    path = Path(_native._runtime.__file__)
+    assert not [line for line in symbols(path, "--undefined-only") if "torch" in line]
+
+
+def test_libraries_carry_no_path_of_the_build():
+    for path in LIBRARIES:
+        assert str(Path(__file__).parent.parent).encode() + b"/csrc" not in path.read_bytes()
+
+
+def test_every_public_operator_is_native_on_the_cpu():
+    report = _native.report()
+    assert report["libraries"]["loaded"]
+    for name, devices in report["operators"].items():
+        assert devices["cpu"]["native"], f"{name}: {devices['cpu']['why']}"
+
+
+def test_every_schema_belongs_to_a_public_operator():
+    defined = {full.partition("::")[2] for full in torch._C._dispatch_get_all_op_names() if full.startswith("pygen::")}
+    used = {kernel for kernels in pygen.ops.OPERATORS.values() for kernel in kernels}
+    assert defined == used
+    assert used <= set(_native._fakes), "an operator without a fake breaks torch.compile"
+
+
+def test_where_cuda_is_absent_the_reason_is_said():
+    if "cuda" in _native._kernels:
+        pytest.skip("this machine has CUDA kernels")
+    assert _native._absent["cuda"]
+    assert all(not devices["cuda"]["native"] and devices["cuda"]["why"]
+               for devices in _native.report()["operators"].values())  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        ("90", (9, 0), True),
+        ("80", (8, 6), True),
+        ("86", (8, 0), False),
+        ("80 90", (10, 0), False),
+        ("80 90 100 120+PTX", (12, 1), True),
+        ("80+PTX", (12, 0), True),
+        ("90+PTX", (8, 0), False),
+        ("", (9, 0), False),
+    ],
+)
+def test_architectures_that_serve_a_device(architectures, capability, runs):
+    assert _native.serves(architectures, capability) is runs
+
+
+def test_thread_control():
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        _native.set_num_threads(1)
+        assert _native.get_num_threads() == 1
+        _native.set_num_threads(0)
+        assert _native.get_num_threads() == 2
+        with pytest.raises(ValueError, match="n is -1"):
+            _native.set_num_threads(-1)
+    finally:
+        _native.set_num_threads(0)
+        torch.set_num_threads(threads)
+
+
+def run(program: str, **environment: str) -> str:
+    import os
+
+    answer = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    assert answer.returncode == 0, answer.stderr
+    return answer.stdout
+
+
+def test_importing_pygen_loads_nothing_more_than_torch():
+    program = """
+import sys, torch
+before = set(sys.modules)
+import pygen
+print(sorted(name for name in set(sys.modules) - before if not name.startswith("_") and name != "pygen"))
+import pygen.ops
+print(sorted(n for n in ("sklearn", "matplotlib", "tyro", "torchmetrics", "scipy") if n in sys.modules))
+"""
+    assert run(program).split("\n")[:2] == ["[]", "[]"]
+
+
+def test_without_libraries_the_references_serve(tmp_path):
+    program = """
+import torch
+from pygen import _native, ops
+y, ladj = ops.affine(torch.ones(2, 3), torch.zeros(2, 3), None)
+assert y.sum() == 6 and ladj.tolist() == [0.0, 0.0]
+print(_native.report()["operators"]["affine"]["cpu"]["why"])
+"""
+    assert "libpygen_cpu.so does not exist" in run(program, PYGEN_LIBRARIES=str(tmp_path))
+
+
+def test_a_broken_library_is_named(tmp_path):
+    (tmp_path / "libpygen_cpu.so").write_bytes(b"not a library")
+    program = 'from pygen import _native; print(_native.report()["libraries"]["absent"]["cpu"])'
+    assert "libpygen_cpu.so did not load" in run(program, PYGEN_LIBRARIES=str(tmp_path))
