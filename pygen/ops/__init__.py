@@ -33,7 +33,10 @@ _FAMILY_OF = {
 OPERATORS = {
     "affine": ("affine_forward", "affine_inverse", "affine_backward"),
     "attend_cached": ("attend_cached",),
+    "diffusion_step": ("diffusion_step", "diffusion_step_denoised", "diffusion_step_backward"),
+    "noise": ("noise",),
     "sample_logits": ("sample_logits",),
+    "uniform": ("noise",),
 }
 
 __all__ = [
