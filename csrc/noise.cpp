@@ -11,19 +11,10 @@ namespace {
 // Elements that one work item takes.
 constexpr int64_t kChunk = 16 * kBlock;
 
-// 4 * blocks values from block `first`.
 template <NoiseStream S>
 PYGEN_CLONES void block_rows(uint64_t seed, uint64_t sample_id, uint64_t draw, uint32_t first, int64_t blocks,
                              float* __restrict out) {
-#pragma omp simd
-  for (int64_t i = 0; i < blocks; ++i) {
-    float values[4];
-    noise_block<S>(seed, sample_id, draw, first + static_cast<uint32_t>(i), values);
-    out[4 * i] = values[0];
-    out[4 * i + 1] = values[1];
-    out[4 * i + 2] = values[2];
-    out[4 * i + 3] = values[3];
-  }
+  noise_blocks<S>(seed, sample_id, draw, first, blocks, out);
 }
 
 template <NoiseStream S>

@@ -200,7 +200,7 @@ def split_seed(seed: int | Tensor) -> tuple[int, Tensor | None]:
 def _check_output(shape: Sequence[int], dtype: torch.dtype) -> None:
     if dtype not in _DTYPES:
         raise TypeError(f"dtype is {dtype}, but expected float32, float64, bfloat16 or float16")
-    if min(shape, default=1) < 0 or math.prod(shape) > ELEMENT_LIMIT:
+    if any(size < 0 for size in shape) or math.prod(shape) > ELEMENT_LIMIT:
         raise ValueError(f"shape is {tuple(shape)}, but expected sizes from 0 with at most 2^34 elements")
 
 

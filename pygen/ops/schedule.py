@@ -197,14 +197,15 @@ def diffusion_step(
     2022) and their kin.
     """
     kernels = _native.kernels_for(sample)
-    if kernels is None or len(history) > MAX_HISTORY or _native.wants_gradient(coefficients):
+    recorded = _native.wants_gradient(sample, model_output, coefficients, noise, *history)
+    if kernels is None or len(history) > MAX_HISTORY or (recorded and coefficients.requires_grad):
         return diffusion_step_reference(
             sample, model_output, coefficients, step=step, history=history, noise=noise, seed=seed,
             sample_ids=sample_ids, clip=clip, return_denoised=return_denoised,
         )  # fmt: skip
-    _check(sample, model_output, coefficients, step, history, noise, seed, sample_ids)
-    if not sample.is_contiguous():
-        order = _memory_order(sample)
+    if recorded or torch.compiler.is_compiling() or not sample.is_contiguous():
+        _check(sample, model_output, coefficients, step, history, noise, seed, sample_ids)
+        order = None if sample.is_contiguous() else _memory_order(sample)
         if order is not None:
             return _step_in_order(
                 order, sample, model_output, coefficients, step, history, noise, seed, sample_ids, clip, return_denoised
@@ -212,16 +213,23 @@ def diffusion_step(
     low, high = (-torch.inf, torch.inf) if clip is None else clip_bounds(clip)
     index, steps = (0, step) if isinstance(step, Tensor) else (step, None)
     number, seeds = (0, None) if seed is None else split_seed(seed)
-    if _native.wants_gradient(sample, model_output, noise, *history):
+    if recorded:
         numbers = (index, number, low, high, return_denoised)
         result: Tensor | tuple[Tensor, Tensor] = _DiffusionStep.apply(  # type: ignore[no-untyped-call]
             sample, model_output, noise, coefficients, steps, seeds, sample_ids, numbers, *history
         )
         return result
+    if (seed is None) != (sample_ids is None):
+        _check(sample, model_output, coefficients, step, history, noise, seed, sample_ids)
     operator = kernels.diffusion_step_denoised if return_denoised else kernels.diffusion_step
-    result = operator(
-        sample, model_output, coefficients, index, steps, history, noise, number, seeds, sample_ids, low, high
-    )
+    try:
+        result = operator(
+            sample, model_output, coefficients, index, steps, history, noise, number, seeds, sample_ids, low, high
+        )
+    except RuntimeError:
+        # Sampling loops are call-bound and the operator checks its arguments before it works: once is enough.
+        _check(sample, model_output, coefficients, step, history, noise, seed, sample_ids)
+        raise
     return result
 
 
