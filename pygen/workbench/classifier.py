@@ -1,4 +1,4 @@
-"""A small convolutional classifier of the real pictures, whose penultimate layer is the space that samples are judged in.
+"""A small convolutional classifier of the real pictures; samples are judged in the space of its penultimate layer.
 
 Its features are few (32 at most), so that a few hundred test pictures carry a covariance. Data without labels get the
 labels of a pretext: by how many quarter turns a picture was rotated (Gidaris et al. 2018, arXiv:1803.07728).
@@ -49,7 +49,7 @@ class Classifier(nn.Module):
     def read(self, x: Tensor, *, chunk: int = 512) -> tuple[Tensor, Tensor]:
         """Features (n, num_features) and most likely classes (n,) of pictures, in evaluation mode."""
         self.eval()
-        features = torch.cat([self.features(rows) for rows in x.split(chunk)])
+        features = torch.cat([self.features(rows) for rows in torch.split(x, chunk)])
         predicted: Tensor = self.head(features).argmax(1)
         return features, predicted
 
@@ -68,10 +68,11 @@ def train_classifier(
         pictures, labels, classes = _turned(pictures)
     if labels.shape != (len(pictures),):
         raise ValueError(f"labels has shape {tuple(labels.shape)}, but expected ({len(pictures)},)")
+    _, channels, height, width = pictures.shape
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        classifier = Classifier(tuple(pictures.shape[1:]), classes)
+        classifier = Classifier((channels, height, width), classes)
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
         for _ in range(steps):
@@ -79,7 +80,7 @@ def train_classifier(
             # A little noise keeps the features of trained and held-out pictures alike.
             x = pictures[rows] + 0.1 * torch.randn(pictures[rows].shape, generator=generator)
             optimizer.zero_grad(set_to_none=True)
-            F.cross_entropy(classifier(x), labels[rows]).backward()
+            torch.autograd.backward(F.cross_entropy(classifier(x), labels[rows]))
             optimizer.step()
             schedule.step()
     return classifier.eval().requires_grad_(False)

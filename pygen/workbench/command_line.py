@@ -35,7 +35,7 @@ Options = TypeVar("Options")
 
 USAGE = """usage: pygen COMMAND [OPTIONS]
 
-Train, sample and compare five families of generative models on compiled kernels.
+Five families of generative models on compiled kernels.
 
 commands:
   compare                 train all five on the same data and write a report
@@ -242,7 +242,7 @@ def _sample(arguments: list[str]) -> int:
     if options.out.suffix == ".npz":
         import numpy as np
 
-        arrays = {"pictures": model.quantize(pictures).numpy().astype(np.uint8)}
+        arrays: dict[str, Any] = {"pictures": model.quantize(pictures).numpy().astype(np.uint8)}
         arrays["levels"] = np.asarray(model.config.levels)
         if labels is not None:
             arrays["labels"] = labels.numpy()
@@ -274,7 +274,10 @@ def _evaluate(arguments: list[str]) -> int:
     judge = Judge(train, test, seed=options.seed)
     result, _ = evaluate(model, judge, seed=options.seed, steps=options.steps)
     rows = {type(model).__name__: dataclasses.asdict(result)}
-    rows |= {"real": dataclasses.asdict(judge.score(judge.real)), "noise": dataclasses.asdict(judge.score(judge.noise()))}
+    rows |= {
+        "real": dataclasses.asdict(judge.score(judge.real)),
+        "noise": dataclasses.asdict(judge.score(judge.noise())),
+    }
     print(json.dumps(rows, indent=2) if options.json else terminal_table(rows))
     return 0
 
@@ -344,9 +347,7 @@ def _positional(options: Any) -> Any:
     for name, hint in typing.get_type_hints(options, include_extras=True).items():
         if "positional" in getattr(hint, "__metadata__", ()):
             kind = typing.get_args(hint)[0]
-            options.__annotations__[name] = tyro.conf.Positional[
-                Annotated[kind, tyro.conf.arg(metavar=name.upper())]  # type: ignore[valid-type]
-            ]
+            options.__annotations__[name] = Annotated[kind, tyro.conf.Positional, tyro.conf.arg(metavar=name.upper())]
     return options
 
 
@@ -380,11 +381,15 @@ def _train_options(family: Family) -> Any:
         return Annotated[kind, tyro.conf.arg(help=text)]
 
     fields: list[tuple[str, Any, Any]] = [
-        ("data", option(str, "Digits, photographs, a folder of images, or an IDX or NPZ file."), "digits"),
+        (
+            "data",
+            option(str, "What to train on: digits, photographs, a folder of images, or an IDX or NPZ file."),
+            "digits",
+        ),
         ("size", option(int | None, "For a folder of images: scale and crop each to this many pixels square."), None),
         ("out", option(Path, "Folder for checkpoints."), Path("runs") / family),
         ("resume", option(bool, "Go on from the last checkpoint in the folder, bit for bit."), False),
-        ("device", option(str, "Cpu, cuda, or auto: cuda where there is one."), "auto"),
+        ("device", option(str, "cpu, cuda, or auto: cuda where there is one."), "auto"),
         ("training", Annotated[type(training), tyro.conf.arg(name="")], training),
         ("model", model, model()),
     ]

@@ -70,9 +70,7 @@ def compare(
         say(f"\n[{number}/{len(families)}] {figures.TITLES[family]}: training", flush=True)
         folder = out / "checkpoints" / family
         shutil.rmtree(folder, ignore_errors=True)
-        trained = train_family(
-            family, train, training=training[family], out=folder, device=device, progress=progress
-        )
+        trained = train_family(family, train, training=training[family], out=folder, device=device, progress=progress)
         say(f"[{number}/{len(families)}] {figures.TITLES[family]}: judging", flush=True)
         result, samples[family] = evaluate(trained.ema, judge, seed=seed)
         rows[family] = {**dataclasses.asdict(result), "train_seconds": trained.seconds}

@@ -59,8 +59,8 @@ class Evaluation(Quality):
 class Judge:
     """A classifier of the training split, and the features of the test split to hold pictures against.
 
-    Every set that is judged has as many pictures as the training split (`limit` at most), with its labels, so that the training split
-    itself is a fair row to beat: sizes and class frequencies are the same, and only the pictures differ.
+    Every set that is judged has as many pictures as the training split (`limit` at most), with its labels, so that the
+    training split itself is a fair row to beat: sizes and class frequencies are the same, and only the pictures differ.
     """
 
     def __init__(self, train: Dataset, test: Dataset, *, seed: int = 0, limit: int = 2000) -> None:
@@ -71,9 +71,7 @@ class Judge:
         self.labels = None if train.labels is None else train.labels[chosen]
         self.test = test.values()
         self.test_labels = test.labels
-        self.classifier: Classifier = train_classifier(
-            train.values(), train.labels, train.classes, seed=seed
-        )
+        self.classifier: Classifier = train_classifier(train.values(), train.labels, train.classes, seed=seed)
         features, predicted = self.classifier.read(self.test)
         self.scale = math.sqrt(SPREAD / float(features.double().var(0).sum()))
         self.test_features = features.double() * self.scale
@@ -114,11 +112,11 @@ def spread(n: int, count: int) -> Tensor:
 def draw(
     model: GenerativeModel, ids: Tensor, labels: Tensor | None = None, *, seed: int = 0, steps: int | None = None
 ) -> Tensor:
-    """The samples of these numbers (n,), on the CPU, rounded to the grey values that real pictures have; labels (n,)."""
+    """The samples numbered `ids` (n,), on the CPU, rounded to the grey values that real pictures have; labels (n,)."""
     model.eval()
     conditional = labels is not None and model.config.classes is not None
     rows = []
-    for chunk in torch.arange(len(ids)).split(CHUNK):
+    for chunk in torch.split(torch.arange(len(ids)), CHUNK):
         condition = labels[chunk].to(model.device) if labels is not None and conditional else None
         x = model.sample(len(chunk), ids=ids[chunk].to(model.device), condition=condition, seed=seed, steps=steps)
         rows.append(model.dequantize(model.quantize(x)).cpu())
@@ -138,7 +136,7 @@ def bits_per_dim(
     model.eval()
     device = model.device
     nats = []
-    for ids in torch.arange(len(pictures)).split(CHUNK):
+    for ids in torch.split(torch.arange(len(pictures)), CHUNK):
         condition = labels[ids].to(device) if labels is not None and model.config.classes is not None else None
         x = pictures[ids].to(device)
         nats.append(model.log_prob(x, condition=condition, ids=ids.to(device), seed=seed).double().cpu())
@@ -148,7 +146,7 @@ def bits_per_dim(
 
 @torch.no_grad()
 def seconds_per_100(model: GenerativeModel, *, seed: int = 0, steps: int | None = None) -> float:
-    """Wall-clock seconds for 100 samples in one batch: the median of three calls after a first; of one if it is slow."""
+    """Wall-clock seconds for 100 samples in one batch: the median of three calls after a first, or one that is slow."""
     model.eval()
     taken = []
     for _ in range(4):

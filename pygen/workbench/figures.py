@@ -1,4 +1,4 @@
-"""The figures of the comparison, as PNG or SVG bytes: sheets of samples, the way from Z to X, quality against passes."""
+"""The figures of the comparison, as PNG or SVG: sheets of samples, the way from Z to X, quality against passes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def is_ink(pictures: Tensor) -> bool:
 
 def sheet(pictures: Tensor, columns: int, *, ink: bool = False) -> np.ndarray[Any, Any]:
     """Pictures (n, channels, height, width) in [-1, 1], row by row, as one array (height, width, 3) in [0, 1]."""
-    n, channels, height, width = pictures.shape
+    n, _channels, height, width = pictures.shape
     rows = math.ceil(n / columns)
     canvas = np.full((rows * (height + 1) + 1, columns * (width + 1) + 1, 3), GAP)
     for i, picture in enumerate(pictures):
@@ -99,13 +99,12 @@ def samples_beside_real(samples: Tensor, real: Tensor, title: str, *, columns: i
 def crossing(ways: Mapping[str, Sequence[Stage]], *, ink: bool = False, stops: int = 12) -> bytes:
     """PNG with one band per family: the stages of a few samples from Z, left, to X, right, at most `stops` of them."""
     with rc_context(STYLE):
-        chosen = {family: _thin(stages, stops) for family, stages in ways.items()}
-        rows = max(len(stages[-1].values) for stages in chosen.values())
-        columns = max(len(stages) for stages in chosen.values())
-        figure = Figure(figsize=(0.84 * columns + 1.0, len(chosen) * (rows * 0.72 + 0.5) + 0.1))
-        bands = figure.subfigures(len(chosen), 1, squeeze=False)[:, 0]
-        for band, (family, stages) in zip(bands, chosen.items(), strict=True):
-            _band(band, family, stages, len(ways[family]), columns=columns, rows=rows, ink=ink)
+        rows = max(len(stages[-1].values) for stages in ways.values())
+        columns = min(stops, max(len(stages) for stages in ways.values()))
+        figure = Figure(figsize=(0.84 * columns + 1.5, len(ways) * (rows * 0.76 + 0.62)))
+        bands = figure.subfigures(len(ways), 1, squeeze=False)[:, 0]
+        for band, (family, stages) in zip(bands, ways.items(), strict=True):
+            _band(band, family, stages, columns=columns, rows=rows, ink=ink)
         return _save(figure, "png")
 
 
@@ -151,25 +150,37 @@ def quality_against_passes(
         return _save(figure, "svg")
 
 
-def _band(
-    band: Any, family: str, stages: Sequence[Stage], total: int, *, columns: int, rows: int, ink: bool
-) -> None:
-    jumps = "one jump" if total == 2 else f"{total - 1} stages" + (f", {len(stages)} shown" if len(stages) < total else "")
-    band.text(0.01, 0.985, TITLES.get(family, family), color=COLOURS.get(family, INK), weight="bold", va="top", fontsize=11)
-    band.text(0.01, 0.985, f"\n{jumps}", color=FAINT, va="top", fontsize=8, linespacing=1.7)
-    grid = band.add_gridspec(rows, columns, left=0.13, right=0.995, top=0.82, bottom=0.02, wspace=0.14, hspace=0.1)
-    for j, stage in enumerate(stages):
-        last = j == len(stages) - 1
+def _band(band: Any, family: str, stages: Sequence[Stage], *, columns: int, rows: int, ink: bool) -> None:
+    shown = _thin(stages, columns)
+    between = f"{len(stages) - 2} stops\nbetween" + (f",\n{len(shown) - 2} shown" if len(shown) < len(stages) else "")
+    colour = COLOURS.get(family, INK)
+    band.text(0.01, 0.97, TITLES.get(family, family), color=colour, weight="bold", va="top", fontsize=11)
+    band.text(
+        0.01, 0.8, "one jump" if len(stages) == 2 else between, color=FAINT, va="top", fontsize=8, linespacing=1.4
+    )
+    grid = band.add_gridspec(rows, columns, left=0.14, right=0.995, top=0.8, bottom=0.03, wspace=0.14, hspace=0.1)
+    for j, stage in enumerate(shown):
+        last = j == len(shown) - 1
+        # However few the stages are, X stands at the right, under the X of the other families.
+        column = columns - 1 if last else j
         scale = 1.0 if last else _spread(stage.values)
         for i, values in enumerate(stage.values):
-            axes = band.add_subplot(grid[i, j])
+            axes = band.add_subplot(grid[i, column])
             axes.imshow(_as_rgb(_as_picture(values) / scale, ink=ink), interpolation="nearest")
             axes.set_xticks([])
             axes.set_yticks([])
             for spine in axes.spines.values():
                 spine.set(visible=True, color="#d4d4d4", linewidth=0.6)
             if i == 0:
-                axes.set_title(stage.label, fontsize=7.5, pad=3)
+                axes.set_title(stage.label.replace(", ", "\n").replace(" of ", "\nof "), fontsize=7.5, pad=3)
+    if len(shown) == 2 < columns:
+        for i in range(rows):
+            axes = band.add_subplot(grid[i, 1:-1])
+            axes.set_axis_off()
+            axes.annotate(
+                "", (0.97, 0.5), (0.03, 0.5), xycoords="axes fraction", textcoords="axes fraction",
+                arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 1.2},
+            )  # fmt: skip
 
 
 def _thin(stages: Sequence[Stage], stops: int) -> list[Stage]:
@@ -210,7 +221,8 @@ def _as_rgb(picture: Tensor, *, ink: bool) -> np.ndarray[Any, Any]:
     values = np.where(np.isfinite(values), values, GAP)
     if len(values) != 3:
         values = values[:1].repeat(3, 0)
-    return values.transpose(1, 2, 0)
+    rows: np.ndarray[Any, Any] = values.transpose(1, 2, 0)
+    return rows
 
 
 def _plain_ticks(axes: Axes, ticks: Sequence[float]) -> None:

@@ -67,7 +67,7 @@ def manifold_scores(real: Tensor, fake: Tensor, *, neighbours: int = 3, chunk: i
     real_radius, fake_radius = _radii(real, neighbours, chunk), _radii(fake, neighbours, chunk)
     inside_real = torch.zeros(len(fake), dtype=torch.int64, device=fake.device)
     recalled, covered = [], []
-    for rows, radius in zip(real.split(chunk), real_radius.split(chunk), strict=True):
+    for rows, radius in zip(torch.split(real, chunk), torch.split(real_radius, chunk), strict=True):
         distance = _distances(rows, fake)
         inside_real += (distance <= radius[:, None]).sum(0)
         recalled.append((distance <= fake_radius).any(1))
@@ -97,7 +97,9 @@ def class_coverage(real: Tensor, fake: Tensor, classes: int) -> float:
 
 def _radii(points: Tensor, neighbours: int, chunk: int) -> Tensor:
     # The nearest point of each is itself, at distance zero: the k-th neighbour is number k + 1.
-    return torch.cat([_distances(rows, points).kthvalue(neighbours + 1, dim=1).values for rows in points.split(chunk)])
+    return torch.cat(
+        [_distances(rows, points).kthvalue(neighbours + 1, dim=1).values for rows in torch.split(points, chunk)]
+    )
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ p { max-width: 46rem; margin: .5rem 0 1rem; }
 .lead { font-size: 1.1rem; color: var(--soft); }
 .note, figcaption { color: var(--soft); font-size: .9rem; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; margin: 1.2rem 0; }
+table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums;
+  margin: 1.2rem 0; }
 th, td { padding: .5rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { font-weight: 600; font-size: .8rem; color: var(--soft); vertical-align: bottom; line-height: 1.3; }
 th small, td small { display: block; font-weight: 400; font-size: .74rem; color: var(--soft); }
@@ -35,7 +36,8 @@ figure { margin: 0; }
 .sheets img { width: 100%; image-rendering: pixelated; display: block; border: 1px solid var(--line); }
 .sheets figcaption { margin-top: .45rem; }
 .sheets b { color: var(--ink); }
-.full img, .full svg { width: 100%; height: auto; display: block; background: #fff; border: 1px solid var(--line); padding: 10px; }
+.full img, .full svg { width: 100%; height: auto; display: block; background: #fff; 
+  border: 1px solid var(--line); padding: 10px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.4rem; font-size: .92rem; }
 dt { color: var(--soft); }
 dd { margin: 0; }
@@ -99,7 +101,7 @@ def bits(row: Mapping[str, Any]) -> str:
 def terminal_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """The rows as a table for a terminal, 92 columns wide; a row may lack the columns of costs."""
     head = ("", "density", "bits/dim", "Frechet", "prec.", "recall", "classes", "100 samples", "passes", "training")
-    lines = [head]
+    lines: list[tuple[str, ...]] = [head]
     for name, row in rows.items():
         passes, taken = row.get("network_passes"), row.get("train_seconds")
         lines.append(
@@ -117,8 +119,9 @@ def terminal_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     plain = [[cell.replace("–", "-") for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*plain, strict=True)]
     return "\n".join(
-        "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
-        .rstrip()
+        "  ".join(
+            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
         for line in plain
     )
 
@@ -133,7 +136,9 @@ def _head(summary: Mapping[str, Any]) -> str:
     priced = {family: row["bits_per_dim"] for family, row in families.items() if row["bits_per_dim"] is not None}
     if len(priced) > 1:
         cheap = min(priced, key=lambda family: priced[family])
-        sentences.append(f"{TITLES[cheap]} describes held-out pictures in the fewest bits ({bits(families[cheap])} per value).")
+        sentences.append(
+            f"{TITLES[cheap]} describes held-out pictures in the fewest bits ({bits(families[cheap])} per value)."
+        )
     fast = min(families, key=lambda family: families[family]["sample_seconds"])
     sentences.append(f"{TITLES[fast]} is the quickest to sample ({seconds(families[fast]['sample_seconds'])} for 100).")
     title = f"Five ways to generate {data['name']}" if len(families) == 5 else f"Generating {data['name']}"
@@ -167,7 +172,8 @@ def _table(summary: Mapping[str, Any]) -> str:
     for name, row in rows:
         rank = name in families
         if rank:
-            label = f'<span class="dot" style="background:{COLOURS[name]}"></span>{TITLES[name]}<small>{SAYING[name]}</small>'
+            dot = f'<span class="dot" style="background:{COLOURS[name]}"></span>'
+            label = f"{dot}{TITLES[name]}<small>{SAYING[name]}</small>"
         else:
             label = {
                 "real": "Real pictures<small>the training split: to beat</small>",
@@ -211,10 +217,13 @@ def _samples(families: Mapping[str, Any], sheets: Mapping[str, bytes]) -> str:
             if row["agreement"] is not None:
                 text += f", {row['agreement']:.0%} read as the class asked for"
         alt = "Real pictures" if name == "real" else f"Samples of {TITLES[name]}"
-        cards.append(f'<figure><img alt="{alt}" src="{_inline(sheets[name], "image/png")}"><figcaption>{text}</figcaption></figure>')
+        cards.append(
+            f'<figure><img alt="{alt}" src="{_inline(sheets[name], "image/png")}">'
+            f"<figcaption>{text}</figcaption></figure>"
+        )
     return (
-        "<h2>Samples</h2>\n<p>Not chosen: the first samples under the seed, in the order of their numbers; where the data "
-        "has labels, one column for each class.</p>\n"
+        "<h2>Samples</h2>\n<p>Not chosen: the first samples under the seed, in the order of their numbers; where the "
+        "data has labels, one column for each class.</p>\n"
         '<div class="sheets">\n' + "\n".join(cards) + "\n</div>"
     )
 
@@ -233,9 +242,7 @@ def _crossing(crossing: bytes) -> str:
 
 def _passes(summary: Mapping[str, Any], passes_svg: bytes) -> str:
     curve = summary["steps_curve"]
-    text = (
-        "<p>Each mark is a family at its own setting. One-pass families have nothing to trade. "
-    )
+    text = "<p>Each mark is a family at its own setting. One-pass families have nothing to trade. "
     if curve["diffusion"]:
         text += (
             "The line is a single trained diffusion model, sampled with "
@@ -248,7 +255,8 @@ def _passes(summary: Mapping[str, Any], passes_svg: bytes) -> str:
     return (
         f"<h2>Quality against passes</h2>\n{text}\n"
         f'<figure class="full"><img alt="Frechet distance against network passes and seconds" '
-        f'src="{_inline(passes_svg, "image/svg+xml")}"><figcaption>Here every mark, the line and both yardsticks rest on '
+        f'src="{_inline(passes_svg, "image/svg+xml")}">'
+        "<figcaption>Here every mark, the line and both yardsticks rest on "
         f"{curve['count']:,} pictures, so that they are fair to each other.</figcaption></figure>"
     )
 
@@ -262,28 +270,31 @@ def _method(summary: Mapping[str, Any]) -> str:
         if classifier["accuracy"] is not None
         else "a small convolutional network trained to tell how far the real training pictures were turned"
     )
+    guess = number(summary["noise"]["bits_per_dim"])
     return f"""<h2>How it was measured</h2>
-<p><b>Split.</b> {data['train']:,} pictures to train on and {data['test']:,} held out: the same for every family and every
-seed. Each family trains for a fixed number of steps, chosen so that all take about the same time on a small
-machine; the samples come from the exponential moving average of the weights, where the recipe keeps one.</p>
-<p><b>Densities made comparable.</b> The pictures are discrete: {levels} grey values. The autoregressive model gives the
-probability of such a picture, and so does the bound of the VAE. A flow or a diffusion model has a density of continuous
-values, which could be made as great as one likes on discrete data. So each grey value gets uniform noise over its own cell,
-and the density there, times the volume of the cell, averages to a lower bound on the probability of the discrete
-picture (uniform dequantization; Theis, van den Oord and Bethge 2016, arXiv:1511.01844). All numbers are then bits
-per value of the same discrete pictures: −log₂ p(x) divided by {data['dimensions']:,} values. Guessing every value
-costs log₂ {levels} = {number(summary['noise']['bits_per_dim'])} bits, which is the price of the noise row. “Exact” says that the number is the model’s own
-likelihood; “lower bound” that p(x) is at least as great, so that the bits are at most those shown. A GAN has only samples.</p>
-<p><b>Sample quality.</b> {judged[0].upper() + judged[1:]} turns each picture into {classifier['features']} features;
-few enough that {data['test']:,} held-out pictures can carry a covariance. Every set that is judged has {data['judged']:,}
-pictures, one for each training picture with its label, rounded to the same {levels} grey values, and is held against the held-out split. So
-the row of real pictures is what a perfect model would reach, and above zero only because the sets are finite.
-<i>Fréchet distance</i> (Heusel et al. 2017) compares mean and covariance; 100 is the total variance of the real
-features. <i>Precision</i> is the share of samples that lie among real pictures, <i>recall</i> the share of real
-pictures that lie among the samples, by the third nearest neighbour (Kynkäänniemi et al. 2019). <i>Classes covered</i> is the share of the
-classes that the classifier finds in the samples at least half as often as in the real pictures.</p>
-<p><b>Cost.</b> The median time of a batch of 100 samples, with the passes of the network that this takes; training
-includes everything but the import. The times belong to the machine below.</p>"""
+<p><b>Split.</b> {data["train"]:,} pictures to train on and {data["test"]:,} held out: the same for every family and
+every seed. Each family trains for a fixed number of steps, chosen so that on two cores and the digits all take about
+the same time. Samples and densities are those of the moving average of the weights.</p>
+<p><b>Densities made comparable.</b> The pictures are discrete: {levels} grey values. The autoregressive model gives
+the probability of such a picture, and the VAE and the diffusion model bound it. A flow has a density of continuous
+values, which on discrete data could be made as great as one likes. So each grey value gets uniform noise over its own
+cell, and the density there, times the volume of the cell, averages to a lower bound on the logarithm of the
+picture’s probability (uniform dequantization; Theis, van den Oord and Bethge 2016, arXiv:1511.01844). All numbers are
+then bits per value of the same discrete pictures: −log₂ p(x), divided by {data["dimensions"]:,} values. Guessing
+every value costs log₂ {levels} = {guess} bits, the price of the noise row. “Exact” says that the number is the
+model’s own likelihood, “lower bound” that p(x) is at least as great, so that the true bits are at most those shown. A
+GAN has only samples.</p>
+<p><b>Sample quality.</b> {judged[0].upper() + judged[1:]} turns each picture into {classifier["features"]} features,
+few enough that {data["test"]:,} held-out pictures can carry a covariance. Every set that is judged has
+{data["judged"]:,} pictures, one for each training picture and with its label, rounded to the same {levels} grey
+values; it is held against the held-out split. So the row of real pictures is what a perfect model would reach, and
+above zero only because the sets are finite. <i>Fréchet distance</i> (Heusel et al. 2017) compares mean and covariance;
+100 is the total variance of the real features. <i>Precision</i> is the share of samples that lie among real pictures,
+<i>recall</i> the share of real pictures that lie among the samples, by the third nearest neighbour (Kynkäänniemi et
+al. 2019). <i>Classes covered</i> is the share of the classes that the classifier finds in the samples at least half as
+often as they are among the real pictures.</p>
+<p><b>Cost.</b> The median time of a batch of 100 samples, and the passes of the network that this takes; the time of
+the training loop. The times belong to the machine below.</p>"""
 
 
 def _machine(summary: Mapping[str, Any]) -> str:
@@ -301,7 +312,8 @@ def _machine(summary: Mapping[str, Any]) -> str:
     )
     return (
         f"<h2>The run</h2>\n<dl>\n{items}\n</dl>\n"
-        f'<div class="wide"><table><thead><tr><th>Recipe</th>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>\n'
+        f'<div class="wide"><table><thead><tr><th>Recipe</th>{head}</tr></thead>\n<tbody>\n'
+        f"{body}\n</tbody></table></div>\n"
         '<p class="note">The same seed on the same machine gives the same numbers, times apart. '
         "<code>summary.json</code>, beside this page, holds all of them.</p>"
     )

@@ -24,7 +24,8 @@ class PixelCounts(GenerativeModel):
 
     def __init__(self, data: Dataset) -> None:
         super().__init__(ModelConfig(shape=data.shape, levels=data.levels, classes=data.classes))
-        assert data.labels is not None and data.classes is not None
+        assert data.labels is not None
+        assert data.classes is not None
         flat = data.pictures.flatten(1).long()
         counts = torch.ones(data.classes, flat.shape[1], data.levels, dtype=torch.float64)
         for label in range(data.classes):
@@ -84,7 +85,8 @@ def judge(digits: tuple[Dataset, Dataset]) -> Judge:
 
 def test_classifier_reads_held_out_digits_and_repeats_by_seed(digits: tuple[Dataset, Dataset], judge: Judge) -> None:
     train, test = digits
-    assert judge.accuracy is not None and judge.accuracy >= 0.95
+    assert judge.accuracy is not None
+    assert judge.accuracy >= 0.95
     features, _ = judge.classifier.read(judge.test)
     assert features.shape == (len(test), 32)
     state = torch.random.get_rng_state()
@@ -119,7 +121,9 @@ def test_real_pictures_win_noise_loses_and_a_weak_model_lies_between(
     assert real.precision > result.precision > noise.precision
     assert real.recall > 0.8 > noise.recall
     assert real.coverage == 1 > noise.coverage
-    assert real.agreement is not None and result.agreement is not None and real.agreement > result.agreement > 0.5
+    assert real.agreement is not None
+    assert result.agreement is not None
+    assert real.agreement > result.agreement > 0.5
     assert (result.density, result.network_passes, result.parameters) == ("exact", 1, 10 * 64 * 17)
     assert result.sample_seconds > 0
 
@@ -158,11 +162,14 @@ def test_steps_of_a_family_that_has_none_are_refused(digits: tuple[Dataset, Data
 def test_a_model_of_other_pictures_is_refused(digits: tuple[Dataset, Dataset], judge: Judge) -> None:
     model = PixelCounts(digits[0])
     model.config = ModelConfig(shape=(3, 32, 32), levels=256)
-    with pytest.raises(ValueError, match=r"pictures of shape \(3, 32, 32\) with 256 grey values, but the data has shape"):
+    with pytest.raises(
+        ValueError, match=r"pictures of shape \(3, 32, 32\) with 256 grey values, but the data has shape"
+    ):
         evaluate(model, judge)
 
 
 def test_spread_keeps_proportions_of_sorted_rows() -> None:
     assert torch.equal(spread(5, 9), torch.arange(5))
     chosen = spread(1000, 100)
-    assert len(chosen.unique()) == 100 and int((chosen < 500).sum()) == 50
+    assert len(chosen.unique()) == 100
+    assert int((chosen < 500).sum()) == 50

@@ -1,0 +1,155 @@
+"""The comparison on a small part of the digits with hardly any training: its files, their structure, and repetition."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pygen.workbench import comparison, evaluation, recipes
+from pygen.workbench.classifier import train_classifier
+from pygen.workbench.comparison import compare, in_columns
+from pygen.workbench.data import Dataset, load_data
+
+for package in ("sklearn", "torchmetrics", "matplotlib", "PIL", "safetensors"):
+    pytest.importorskip(package)
+
+KEYS = {
+    "density",
+    "bits_per_dim",
+    "frechet",
+    "precision",
+    "recall",
+    "coverage",
+    "sample_seconds",
+    "network_passes",
+    "train_seconds",
+    "parameters",
+}
+FAMILIES = ("gan", "diffusion")
+SMALL: dict[str, dict[str, Any]] = {
+    "gan": {"width": 16},
+    "vae": {"width": 16},
+    "diffusion": {"width": 16, "sample_steps": 4},
+}
+
+
+def some_digits() -> Dataset:
+    digits = load_data("digits")
+    assert digits.labels is not None
+    return dataclasses.replace(digits, pictures=digits.pictures[:240], labels=digits.labels[:240])
+
+
+def run(out: Path, seed: int, families: tuple[str, ...] = FAMILIES, data: Dataset | None = None) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        for family in families:
+            training = dataclasses.replace(recipes.RECIPES[family].training, steps=3, batch_size=16, warmup=0)
+            patch.setitem(recipes.RECIPES, family, recipes.Recipe(training=training, model=SMALL[family]))
+        patch.setattr(comparison, "STEPS", (1, 2))
+        patch.setattr(evaluation, "train_classifier", functools.partial(train_classifier, steps=150))
+        return compare(data=data or some_digits(), out=out, families=families, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("compare")
+    return out, run(out, seed=3)
+
+
+def numbers(value: Any) -> list[float]:
+    if isinstance(value, dict):
+        return [number for entry in value.values() for number in numbers(entry)]
+    if isinstance(value, (list, tuple)):
+        return [number for entry in value for number in numbers(entry)]
+    return [float(value)] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
+
+
+def test_summary_has_the_promised_structure_and_only_finite_numbers(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, summary = finished
+    assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert {"families", "real", "noise", "machine", "seed"} <= summary.keys()
+    assert tuple(summary["families"]) == FAMILIES
+    for row in (*summary["families"].values(), summary["real"], summary["noise"]):
+        assert row.keys() >= KEYS
+    assert summary["seed"] == 3
+    assert all(math.isfinite(number) for number in numbers(summary))
+    gan, diffusion = summary["families"]["gan"], summary["families"]["diffusion"]
+    assert (gan["density"], gan["bits_per_dim"], gan["network_passes"]) == ("implicit", None, 1)
+    assert diffusion["density"] == "lower bound"
+    assert 0 < diffusion["bits_per_dim"] < 8
+    assert summary["noise"]["bits_per_dim"] == pytest.approx(math.log2(17))
+    assert summary["real"]["frechet"] < min(row["frechet"] for row in summary["families"].values())
+    assert [point["steps"] for point in summary["steps_curve"]["diffusion"]] == [1, 2]
+
+
+def test_the_files_are_there_and_the_report_needs_nothing_else(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, summary = finished
+    for family in FAMILIES:
+        assert (out / f"samples_{family}.png").read_bytes().startswith(b"\x89PNG")
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert "@import" not in page
+    sources = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'>\s]+)|url\(([^)]*)\)""", page)
+    assert len(sources) == 1 + len(FAMILIES) + 2
+    assert all(source[0].startswith("data:image/") for source in sources)
+    for text in ("Real pictures", "must lose", "Theis", f"{summary['families']['gan']['frechet']:.2f}"):
+        assert text in page
+
+
+def test_the_table_and_the_path_of_the_report_are_printed_last(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, seed=0, families=("vae",))
+    lines = capsys.readouterr().out.rstrip().split("\n")
+    assert lines[-1] == str(tmp_path / "report.html")
+    table = lines[lines.index(next(line for line in lines if "Frechet" in line and "recall" in line)) :]
+    assert [line.split()[0] for line in table[1:4]] == ["real", "VAE", "noise"]
+
+
+def test_the_same_seed_gives_the_same_numbers(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    # Into the folder of another run, whose checkpoints must not matter.
+    run(tmp_path, seed=1, families=("diffusion",))
+    timed = re.compile("seconds$|^machine$|^versions$")
+
+    def untimed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: untimed(entry) for key, entry in value.items() if not timed.search(key)}
+        return [untimed(entry) for entry in value] if isinstance(value, list) else value
+
+    again = run(tmp_path, seed=3)
+    assert untimed(again) == untimed(finished[1])
+
+
+def test_data_without_labels_are_compared_too(tmp_path: Path) -> None:
+    unlabelled = dataclasses.replace(some_digits(), labels=None, classes=None, class_names=())
+    summary = run(tmp_path, seed=0, families=("vae",), data=unlabelled)
+    assert summary["classifier"]["accuracy"] is None
+    assert summary["families"]["vae"]["agreement"] is None
+    assert "how far the real training pictures were turned" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_bad_arguments_are_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'quik' is no budget: did you mean 'quick'"):
+        compare(data=some_digits(), out=tmp_path, families=["gan"], budget="quik")
+    with pytest.raises(ValueError, match="'gann' is no family: did you mean 'gan'"):
+        compare(data=some_digits(), out=tmp_path, families=["gann"])
+    with pytest.raises(ValueError, match="families is empty"):
+        compare(data=some_digits(), out=tmp_path, families=[])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shown_pictures_stand_in_columns_by_class() -> None:
+    labels = torch.tensor([1, 0, 1, 0, 1, 0])
+    chosen, columns = in_columns(labels, 2, 6)
+    assert columns == 2
+    assert labels[chosen].tolist() == [0, 1] * 3
+    assert chosen.tolist() == [1, 0, 3, 2, 5, 4]
+    chosen, columns = in_columns(None, None, 100)
+    assert (columns, chosen.tolist()) == (8, list(range(64)))
