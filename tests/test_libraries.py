@@ -21,7 +21,8 @@ def symbols(path: Path, *options: str) -> list[str]:
     nm = shutil.which("nm")
     if nm is None:
         pytest.skip("nm (binutils) is not installed")
-    return subprocess.run([nm, "-D", "-C", *options, str(path)], check=True, capture_output=True, text=True).stdout.split("\n")
+    command = [nm, "-D", "-C", *options, str(path)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\n")
 
 
 @pytest.mark.parametrize("path", LIBRARIES, ids=lambda path: path.stem)

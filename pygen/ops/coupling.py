@@ -223,7 +223,7 @@ def affine(
     bound = 1.0 if limit is None else limit
     if _native.wants_gradient(x, raw_scale, shift):
         options = (code, bound, offset, epsilon, event_dims, inverse)
-        y, ladj = _Affine.apply(x, raw_scale, shift, options)
+        y, ladj = _Affine.apply(x, raw_scale, shift, options)  # type: ignore[no-untyped-call]
         return y, ladj
     operator = kernels.affine_inverse if inverse else kernels.affine_forward
     y, ladj = operator(x, raw_scale, shift, code, bound, offset, epsilon, event_dims)
