@@ -14,16 +14,16 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 48px 28px 72px; }
+main { max-width: 1160px; margin: 0 auto; padding: 48px 28px 72px; }
 h1 { font-size: 2rem; line-height: 1.2; letter-spacing: -0.015em; margin: 0 0 .4rem; }
 h2 { font-size: 1.25rem; margin: 3.2rem 0 .5rem; letter-spacing: -0.01em; }
 p { max-width: 46rem; margin: .5rem 0 1rem; }
 .lead { font-size: 1.1rem; color: var(--soft); }
 .note, figcaption { color: var(--soft); font-size: .9rem; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums;
+table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums;
   margin: 1.2rem 0; }
-th, td { padding: .5rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { padding: .5rem .5rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { font-weight: 600; font-size: .8rem; color: var(--soft); vertical-align: bottom; line-height: 1.3; }
 th small, td small { display: block; font-weight: 400; font-size: .74rem; color: var(--soft); }
 th:first-child, td:first-child, td.text, th.text { text-align: left; }
@@ -47,11 +47,11 @@ code { font: .88em ui-monospace, "DejaVu Sans Mono", monospace; background: var(
 """
 
 SAYING = {
-    "gan": "one jump, no density",
-    "vae": "one jump, a bound",
-    "flow": "layer by layer, exact density",
-    "diffusion": "step by step, a bound",
-    "autoregressive": "pixel by pixel, exact density",
+    "gan": "one jump",
+    "vae": "one jump",
+    "flow": "layer by layer",
+    "diffusion": "step by step",
+    "autoregressive": "pixel by pixel",
 }
 
 
@@ -176,12 +176,12 @@ def _table(summary: Mapping[str, Any]) -> str:
             label = f"{dot}{TITLES[name]}<small>{SAYING[name]}</small>"
         else:
             label = {
-                "real": "Real pictures<small>the training split: to beat</small>",
-                "noise": "Noise<small>uniform grey values: must lose</small>",
+                "real": "Real pictures<small>to beat</small>",
+                "noise": "Noise<small>must lose</small>",
             }[name]
         shade = "" if rank else ' class="yardstick"'
         passes = "–" if row["network_passes"] is None else f"{row['network_passes']:,}"
-        size = "–" if row["parameters"] is None else f"{row['parameters']:,}"
+        size = "–" if row["parameters"] is None else f"{row['parameters'] / 1000:,.0f} k"
         lines.append(
             f"<tr{shade}><td>{label}</td>"
             f'<td class="text">{html.escape(row["density"] or "–")}</td>'
@@ -195,14 +195,15 @@ def _table(summary: Mapping[str, Any]) -> str:
         )
     return (
         '<div class="wide"><table>\n<thead><tr><th>Family</th><th class="text">Density</th>'
-        "<th>Bits per value<small>less is better</small></th><th>Fréchet distance<small>less is better</small></th>"
+        "<th>Bits/value<small>less is better</small></th><th>Fréchet<small>less is better</small></th>"
         "<th>Precision<small>looks real</small></th><th>Recall<small>shows all</small></th>"
         "<th>Classes<small>covered</small></th><th>100 samples<small>time</small></th>"
-        "<th>Network<small>passes</small></th><th>Training<small>time</small></th><th>Parameters</th></tr></thead>\n<tbody>\n"
+        "<th>Network<small>passes</small></th><th>Training<small>time</small></th><th>Size<small>parameters</small></th></tr></thead>\n<tbody>\n"
         + "\n".join(lines)
         + "\n</tbody></table></div>\n"
         '<p class="note">Bold is the best of the families. “≤” marks a bound: the model’s true cost is at most that. '
-        "A dash: the family has no such number.</p>"
+        "A dash: there is no such number. The real pictures are the training split, the noise is "
+        "uniform grey values.</p>"
     )
 
 
@@ -235,8 +236,9 @@ def _crossing(crossing: bytes) -> str:
         "jump once; the flow moves through invertible layers; diffusion takes away noise step by step; the "
         "autoregressive model decides one pixel after the other, given all before it.</p>\n"
         '<figure class="full"><img alt="Stages from Z to X for each family" '
-        f'src="{_inline(crossing, "image/png")}"><figcaption>Three samples of each family, the same that '
-        "its sampler returns. Values beyond the grey range are scaled down to fit.</figcaption></figure>"
+        f'src="{_inline(crossing, "image/png")}"><figcaption>Three samples of each family. What is '
+        "not a picture yet is scaled to the grey range; a prior point that is a vector is folded into a square."
+        "</figcaption></figure>"
     )
 
 
