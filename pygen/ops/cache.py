@@ -118,12 +118,15 @@ def attend_cached(
         _refuse(query, key, value, key_cache, value_cache, lengths)
     kernels = _native.kernels_for(query)
     wide = query.device.type == "cuda" and shape[3] > _WIDEST_ON_CUDA
-    with torch.no_grad():
-        if kernels is None or wide:
-            return attend_cached_reference(query, key, value, key_cache, value_cache, lengths, scale=scale)
-        if scale is None:
-            scale = 1 / math.sqrt(shape[3])
-        out: Tensor = kernels.attend_cached(query, key, value, key_cache, value_cache, lengths, scale)
+    if _native.wants_gradient(query, key, value, key_cache, value_cache):
+        query, key, value, key_cache, value_cache = (
+            tensor.detach() for tensor in (query, key, value, key_cache, value_cache)
+        )
+    if kernels is None or wide:
+        return attend_cached_reference(query, key, value, key_cache, value_cache, lengths, scale=scale)
+    if scale is None:
+        scale = 1 / math.sqrt(shape[3])
+    out: Tensor = kernels.attend_cached(query, key, value, key_cache, value_cache, lengths, scale)
     return out
 
 
