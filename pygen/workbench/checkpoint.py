@@ -95,7 +95,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> P
     writing = folder / f"{_UNFINISHED[0]}{name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_unfinished(folder)
+        remove_unfinished(folder)
         writing.mkdir()
         facts = {
             field.name: getattr(checkpoint, field.name)
@@ -119,7 +119,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> P
         _flush(folder)
         for old in sorted(path for path in folder.glob("step-*") if path != final)[: -(keep - 1) or None]:
             old.rename(folder / f"{_UNFINISHED[1]}{old.name}")
-        _remove_unfinished(folder)
+        remove_unfinished(folder)
     except OSError as error:
         raise CheckpointError(f"{folder / name} cannot be written: {error.strerror or error}") from error
     return final
@@ -152,6 +152,16 @@ def find_checkpoint(path: str | Path) -> Path:
 def has_checkpoint(folder: Path) -> bool:
     """Whether a run's folder has a latest checkpoint, be it damaged or not."""
     return (folder / LATEST).exists()
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a kill left half written or half removed in a run's folder."""
+    for path in folder.iterdir():
+        if path.name.startswith(_UNFINISHED):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -311,12 +321,3 @@ def _descriptor(path: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _remove_unfinished(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.name.startswith(_UNFINISHED):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()

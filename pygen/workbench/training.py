@@ -12,7 +12,13 @@ import torch
 
 from pygen.model import GenerativeModel
 from pygen.workbench import require
-from pygen.workbench.checkpoint import CheckpointError, find_checkpoint, has_checkpoint, load_checkpoint
+from pygen.workbench.checkpoint import (
+    CheckpointError,
+    find_checkpoint,
+    has_checkpoint,
+    load_checkpoint,
+    remove_unfinished,
+)
 from pygen.workbench.data import Dataset
 from pygen.workbench.families import family_of
 from pygen.workbench.progress import Progress
@@ -88,6 +94,7 @@ def train(
     run = Run(model, dataset, config, torch.device(device) if device is not None else model.device)
     with run.generators(), _recorder(folder, tensorboard) as record:
         if folder is not None and has_checkpoint(folder):
+            remove_unfinished(folder)
             run.restore(load_checkpoint(folder), folder)
         run.go(folder, progress, family_of(model) or type(model).__name__ if label is None else label, record)
     return TrainingResult(
