@@ -198,12 +198,18 @@ def diffusion_step(
     """
     kernels = _native.kernels_for(sample)
     recorded = _native.wants_gradient(sample, model_output, coefficients, noise, *history)
-    if kernels is None or len(history) > MAX_HISTORY or (recorded and coefficients.requires_grad):
+    compiling = torch.compiler.is_compiling()
+    # The compiler fuses the reference well enough, and refuses a Function that is given one tensor twice.
+    if kernels is None or len(history) > MAX_HISTORY or (recorded and (compiling or coefficients.requires_grad)):
+        if kernels is not None and seed is not None and sample_ids is not None:
+            _check(sample, model_output, coefficients, step, history, noise, seed, sample_ids)
+            noise = addressed_noise(sample_ids, sample.shape[1:], seed=seed, draw=step)
+            seed = sample_ids = None
         return diffusion_step_reference(
             sample, model_output, coefficients, step=step, history=history, noise=noise, seed=seed,
             sample_ids=sample_ids, clip=clip, return_denoised=return_denoised,
         )  # fmt: skip
-    if recorded or torch.compiler.is_compiling() or not sample.is_contiguous():
+    if recorded or compiling or not sample.is_contiguous():
         _check(sample, model_output, coefficients, step, history, noise, seed, sample_ids)
         order = None if sample.is_contiguous() else _memory_order(sample)
         if order is not None:
@@ -294,7 +300,7 @@ def _row(coefficients: Tensor, step: int | Tensor, dim: int) -> Tensor:
     index = step.reshape(-1)
     row = coefficients.index_select(0, index.clamp(0, steps - 1))
     row = row.where(((index >= 0) & (index < steps)).unsqueeze(-1), torch.nan)
-    return row.t().reshape(-1, index.shape[0], *[1] * (dim - 1))
+    return row.t().reshape(coefficients.shape[1], index.shape[0], *[1] * (dim - 1))
 
 
 def _check(
@@ -335,6 +341,8 @@ def _check(
             raise ValueError(f"step has shape {tuple(step.shape)}, but expected () or {tuple(sample.shape[:1])}")
         if step.device != sample.device:
             raise ValueError(f"step is on {step.device}, but expected {sample.device}, where sample is")
+    elif not isinstance(step, int):
+        raise TypeError(f"step is a {type(step).__name__}, but expected an int or an int64 tensor")
     elif not 0 <= step < coefficients.shape[0]:
         raise ValueError(f"step is {step}, but expected a row of the table, 0 .. {coefficients.shape[0] - 1}")
     if (seed is None) != (sample_ids is None):
