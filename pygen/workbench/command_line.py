@@ -42,7 +42,7 @@ commands:
   train FAMILY            train one: gan, vae, flow, diffusion or autoregressive
   sample CHECKPOINT       draw pictures from a trained model
   evaluate CHECKPOINT     measure a trained model against held-out data
-  info                    versions, libraries, and which operators are native here
+  info                    versions, libraries, and which operators are native
   bench                   time the kernels against their rivals
 
 examples:
