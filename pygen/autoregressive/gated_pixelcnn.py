@@ -28,12 +28,12 @@ class GatedPixelCNNConfig(ModelConfig):
     width: channels of each stack, a multiple of the picture's channels.
     head: channels between the stacks and the logits, a multiple of the picture's channels.
     first_kernel_size, kernel_size: odd; of the first layer and of the others.
-    dropout: of each gated activation and in the head.
+    dropout: of whole channels, after each gated activation and in the head.
     """
 
     layers: int = 6
-    width: int = 32
-    head: int = 64
+    width: int = 30
+    head: int = 60
     first_kernel_size: int = 5
     kernel_size: int = 3
     dropout: float = 0.1
@@ -91,7 +91,7 @@ class GatedLayer(nn.Module):
     def _gate(self, x: Tensor) -> Tensor:
         # Value and gate alternate, so that both are of the same colour group.
         value, gate = torch.unflatten(x, 1, (-1, 2)).unbind(2)
-        return F.dropout(value.tanh() * gate.sigmoid(), self.dropout, self.training)
+        return F.dropout2d(value.tanh() * gate.sigmoid(), self.dropout, self.training)
 
 
 class GatedPixelCNN(GenerativeModel):
@@ -232,7 +232,7 @@ class GatedPixelCNN(GenerativeModel):
         state = x
         for layer, feed in zip(self.layers, feeds, strict=True):
             state = cast(GatedLayer, layer).horizontal(state, feed)
-        hidden = F.dropout(F.relu(self.hidden(F.relu(state))), self.config.dropout, self.training)
+        hidden = F.dropout2d(F.relu(self.hidden(F.relu(state))), self.config.dropout, self.training)
         return self.head(hidden).unflatten(1, (self.config.shape[0], -1))  # type: ignore[no-any-return]
 
     def _uniforms(self, ids: Tensor, seed: int) -> Tensor:

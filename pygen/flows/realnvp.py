@@ -34,10 +34,10 @@ class RealNVPConfig(ModelConfig):
     """
 
     scales: int = 2
-    couplings: int = 6
-    width: int = 48
+    couplings: int = 8
+    width: int = 32
     blocks: int = 1
-    dropout: float = 0.1
+    dropout: float = 0.3
     limit: float = 2.0
     margin: float | None = 0.05
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class ConditionerBlock(nn.Module):
-    """x + conv(dropout(silu(conv(silu(x)) + class bias))), shape (n, width, height, width')."""
+    """x + conv(dropout2d(silu(conv(silu(x)) + class bias))), shape (n, width, height, width')."""
 
     def __init__(self, width: int, classes: int | None, dropout: float) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class ConditionerBlock(nn.Module):
         hidden = self.first(F.silu(x))
         if self.label is not None:
             hidden = hidden + self.label(condition)[:, :, None, None]
-        hidden = F.dropout(F.silu(hidden), self.dropout, self.training)
+        hidden = F.dropout2d(F.silu(hidden), self.dropout, self.training)
         return x + self.second(hidden)  # type: ignore[no-any-return]
 
 
@@ -34,7 +34,8 @@ class ConvConditioner(nn.Module):
     """(n, in_channels, height, width) -> (n, out_channels, height, width), zero at the start of training.
 
     in_channels, out_channels: of the part that is read, and of the parameters that are proposed.
-    width: channels inside. blocks: residual blocks. classes: number of labels, or None; dropout: in each block.
+    width: channels inside. blocks: residual blocks. classes: number of labels, or None.
+    dropout: of whole channels, in each block.
     """
 
     def __init__(

@@ -248,7 +248,7 @@ def test_bad_input_is_named() -> None:
     ("options", "message"),
     [
         ({"layers": 0}, "layers is 0"),
-        ({"shape": (3, 8, 8)}, "width is 32, but expected a positive multiple of the 3 channels"),
+        ({"shape": (4, 8, 8)}, "width is 30, but expected a positive multiple of the 4 channels"),
         ({"kernel_size": 4}, "kernel_size is 4, but expected an odd number"),
         ({"first_kernel_size": 1}, "first_kernel_size is 1"),
         ({"dropout": 1.0}, "dropout is 1.0"),
