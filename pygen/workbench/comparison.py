@@ -71,7 +71,12 @@ def compare(
         folder = out / "checkpoints" / family
         shutil.rmtree(folder, ignore_errors=True)
         trained = train_family(family, train, training=training[family], out=folder, device=device, progress=progress)
-        say(f"[{number}/{len(families)}] {figures.TITLES[family]}: judging", flush=True)
+        passes = trained.ema.network_passes()
+        name = f"[{number}/{len(families)}] {figures.TITLES[family]}"
+        say(
+            f"{name}: judging {judge.count} samples, {passes} network pass{'' if passes == 1 else 'es'} each",
+            flush=True,
+        )
         result, samples[family] = evaluate(trained.ema, judge, seed=seed)
         rows[family] = {**dataclasses.asdict(result), "train_seconds": trained.seconds}
         models[family] = trained.ema
