@@ -12,8 +12,8 @@ namespace {
 
 using Whole = unsigned long long;
 
-constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / 32;
+constexpr int kMostThreads = 512, kFewestThreads = 128;
+constexpr int64_t kPerThread = 16;  // elements of a row that are worth a thread more
 constexpr int kBins = 1024;      // of the first round, which cuts the range of the logits evenly
 constexpr int kDigitBins = 256;  // of the later rounds, one per value of eight bits of the key
 
@@ -33,13 +33,13 @@ struct Arguments {
   T* log_prob;
 };
 
-// Keys that ascend as the logits descend; -0 has the key of 0.
+// Keys that ascend as the logits descend.
 __device__ __forceinline__ uint32_t key_of(float x) {
-  const uint32_t bits = __float_as_uint(x + 0.0f);
+  const uint32_t bits = __float_as_uint(x);
   return bits & 0x80000000u ? bits : ~(bits | 0x80000000u);
 }
 __device__ __forceinline__ Whole key_of(double x) {
-  const Whole bits = static_cast<Whole>(__double_as_longlong(x + 0.0)), sign = 1ull << 63;
+  const Whole bits = static_cast<Whole>(__double_as_longlong(x)), sign = 1ull << 63;
   return bits & sign ? bits : ~(bits | sign);
 }
 __device__ __forceinline__ float logit_of(uint32_t key) {
@@ -125,9 +125,9 @@ template <class Measure, class Stored, class T>
 __device__ T find_threshold(const Row<Stored, T>& row, T floor, double target, Measure measure, Whole* bins,
                             Found* shared) {
   const int64_t n = row.all.vocabulary;
-  for (int i = threadIdx.x; i < kBins; i += kThreads) bins[i] = 0;
+  for (int i = threadIdx.x; i < kBins; i += static_cast<int>(blockDim.x)) bins[i] = 0;
   __syncthreads();
-  for (int64_t i = threadIdx.x; i < n; i += kThreads) {
+  for (int64_t i = threadIdx.x; i < n; i += static_cast<int>(blockDim.x)) {
     const T x = row[i];
     if (x >= floor) {
       const Whole amount = measure(row, x);
@@ -142,9 +142,9 @@ __device__ T find_threshold(const Row<Stored, T>& row, T floor, double target, M
   Key prefix = 0;
   for (int digit = 0; digit < kKeyBytes<Stored>; ++digit) {
     const int shift = kKeyBits - 8 * (digit + 1);
-    for (int i = threadIdx.x; i < kDigitBins; i += kThreads) bins[i] = 0;
+    for (int i = threadIdx.x; i < kDigitBins; i += static_cast<int>(blockDim.x)) bins[i] = 0;
     __syncthreads();
-    for (int64_t i = threadIdx.x; i < n; i += kThreads) {
+    for (int64_t i = threadIdx.x; i < n; i += static_cast<int>(blockDim.x)) {
       const T x = row[i];
       if (x < floor || row.bin(x) != coarse) continue;
       const Key key = key_of(x);
@@ -166,7 +166,7 @@ __device__ T find_threshold(const Row<Stored, T>& row, T floor, double target, M
 }
 
 template <class Stored, class T>
-__global__ void __launch_bounds__(kThreads) sample_kernel(Arguments<Stored, T> all) {
+__global__ void __launch_bounds__(kMostThreads) sample_kernel(Arguments<Stored, T> all) {
   SHARED(Whole, bins, [kBins]);
   SHARED(Found, found, [1]);
   SHARED(T, scratch, [32]);
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(Arguments<Stored, T> a
   Row<Stored, T> row{all, all.logits + number * all.row_stride, T(0)};
 
   T peak = -std::numeric_limits<T>::infinity();
-  for (int64_t i = threadIdx.x; i < n; i += kThreads) {
+  for (int64_t i = threadIdx.x; i < n; i += static_cast<int>(blockDim.x)) {
     const T x = row[i];
     if (x > peak || x != x) peak = x;
     if (peak != peak) break;
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(Arguments<Stored, T> a
   if (all.greedy) {
     if (threadIdx.x == 0) first[0] = 0x7fffffff;
     __syncthreads();
-    for (int64_t i = threadIdx.x; i < n; i += kThreads) {
+    for (int64_t i = threadIdx.x; i < n; i += static_cast<int>(blockDim.x)) {
       if (row[i] == peak) {
         atomicMin(&first[0], static_cast<int>(i));
         break;
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(Arguments<Stored, T> a
   }
   if (all.top_p < 1) {
     Whole total = 0;
-    for (int64_t i = threadIdx.x; i < n; i += kThreads) {
+    for (int64_t i = threadIdx.x; i < n; i += static_cast<int>(blockDim.x)) {
       const T x = row[i];
       if (x >= threshold) total += static_cast<Whole>(row.weight(x));
     }
@@ -222,7 +222,8 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(Arguments<Stored, T> a
   }
 
   // Each warp weighs a run of the row; the one in whose run the target falls looks for the token.
-  const int64_t run = (n + kWarps - 1) / kWarps, begin = min(n, warp * run), end = min(n, begin + run);
+  const int warps = static_cast<int>(blockDim.x / 32);
+  const int64_t run = (n + warps - 1) / warps, begin = min(n, warp * run), end = min(n, begin + run);
   Whole own = 0;
   for (int64_t i = begin + lane; i < end; i += 32) {
     const T x = row[i];
@@ -233,7 +234,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(Arguments<Stored, T> a
   if (lane == 0) sums[warp] = own;
   __syncthreads();
   Whole passed = 0, total = 0;
-  for (int w = 0; w < kWarps; ++w) {
+  for (int w = 0; w < warps; ++w) {
     if (w < warp) passed += sums[w];
     total += sums[w];
   }
@@ -291,7 +292,9 @@ std::tuple<Tensor, Tensor> sample_logits(Tensor logits, Tensor sample_ids, int64
     all.top_p = top_p;
     all.token = static_cast<int64_t*>(token.data_ptr());
     all.log_prob = static_cast<T*>(log_prob.data_ptr());
-    launch(sample_kernel<Stored, T>, dim3(static_cast<unsigned>(rows)), dim3(kThreads), 0,
+    unsigned threads = kFewestThreads;
+    while (threads < kMostThreads && threads * kPerThread < all.vocabulary) threads *= 2;
+    launch(sample_kernel<Stored, T>, dim3(static_cast<unsigned>(rows)), dim3(threads), 0,
            current_stream(logits.get_device_index()), all);
   });
   return {token, log_prob};

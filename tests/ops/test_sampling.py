@@ -133,7 +133,7 @@ def filtered(logits: Tensor, *, temperature: float = 1.0, top_k: int | None = No
     "options", [{}, {"temperature": 0.7}, {"top_k": 9}, {"top_p": 0.8}, {"top_k": 20, "top_p": 0.9}]
 )
 def test_draws_the_distribution_and_nothing_else(backend, device, options):
-    draws = 2000 if backend == "simt" else 60_000
+    draws = 800 if backend == "simt" else 60_000
     logits = 1.5 * torch.randn(40, device=device)
     ids = torch.arange(draws, device=device)
     token, log_prob = ops.sample_logits(logits.expand(draws, 40), seed=5, sample_ids=ids, position=0, **options)
@@ -148,7 +148,7 @@ def test_draws_the_distribution_and_nothing_else(backend, device, options):
 
 
 def test_consecutive_positions_and_seeds_are_independent(backend, device):
-    draws = 600 if backend == "simt" else 20_000
+    draws = 400 if backend == "simt" else 20_000
     ids = torch.arange(draws, device=device)
     logits = torch.randn(1, 6, device=device).expand(draws, 6)
     first, after, other = (
@@ -170,17 +170,16 @@ def test_the_goodness_of_fit_sees_five_percent_lost():
     cut[tail] = 0
     moved[0] += 0.05
     for wrong in (cut, moved):
-        for draws in (2000, 60_000):
-            if wrong is moved and draws == 2000:
-                continue
-            assert fit(torch.multinomial(wrong, draws, replacement=True), probability) < 1e-6
+        assert fit(torch.multinomial(wrong, 60_000, replacement=True), probability) < 1e-12
+    # Fewer draws, on the slow backend, still see that the tail is gone.
+    assert fit(torch.multinomial(cut, 800, replacement=True), probability) < 1e-4
     assert fit(torch.multinomial(probability, 60_000, replacement=True), probability) > 1e-4
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ties_are_kept_together(backend, device, dtype):
     logits = torch.tensor([1.0, 2.0, 2.0, 0.0, 2.0, 1.0], device=device, dtype=dtype)
-    draws = 300
+    draws = 100
     ids = torch.arange(draws, device=device)
     for options, support in (
         ({"top_k": 1}, {1, 2, 4}), ({"top_k": 3}, {1, 2, 4}), ({"top_k": 4}, {0, 1, 2, 4, 5}),
