@@ -38,9 +38,9 @@ RECIPES: dict[str, Recipe] = {
         training=TrainingConfig(steps=1100, batch_size=128, learning_rate=1e-3, betas=(0.9, 0.999), warmup=50),
         model={"dropout": 0.2},
     ),
-    "diffusion": Recipe(training=TrainingConfig(steps=1300, batch_size=64, learning_rate=2e-3, warmup=100)),
+    "diffusion": Recipe(training=TrainingConfig(steps=1500, batch_size=64, learning_rate=2e-3, warmup=100)),
     "autoregressive": Recipe(
-        training=TrainingConfig(steps=1200, batch_size=64, learning_rate=2e-3, betas=(0.9, 0.999), warmup=50)
+        training=TrainingConfig(steps=1100, batch_size=64, learning_rate=2e-3, betas=(0.9, 0.999), warmup=50)
     ),
 }
 
