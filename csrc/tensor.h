@@ -143,18 +143,26 @@ struct Rows {
 // `buffer`. The loops over elements are then the same for every dtype and stride.
 constexpr int64_t kBlock = 1024;
 
+// Dense rows of the 16-bit dtypes, vectorised in conversion.cpp.
+void widen_rows(const BFloat16* from, int64_t n, float* to);
+void widen_rows(const Half* from, int64_t n, float* to);
+void narrow_rows(const float* from, int64_t n, BFloat16* to);
+void narrow_rows(const float* from, int64_t n, Half* to);
+
+template <class T>
+constexpr bool is_16_bit = std::is_same_v<T, BFloat16> || std::is_same_v<T, Half>;
+
 template <class Compute, class Stored>
 inline void copy_strided(const Stored* from, int64_t stride, int64_t n, Compute* to) {
   if (stride == 1) {
-    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<Compute>(from[i]);
+    if constexpr (is_16_bit<Stored> && std::is_same_v<Compute, float>) {
+      widen_rows(from, n, to);
+    } else {
+      for (int64_t i = 0; i < n; ++i) to[i] = static_cast<Compute>(from[i]);
+    }
   } else {
     for (int64_t i = 0; i < n; ++i) to[i] = static_cast<Compute>(from[i * stride]);
   }
-}
-
-// bfloat16 is the upper half of a float: as a shift of integers the loop vectorises, through the class it does not.
-inline void copy_strided(const BFloat16* from, int64_t stride, int64_t n, float* to) {
-  for (int64_t i = 0; i < n; ++i) to[i] = scalar::float_of(static_cast<uint32_t>(from[i * stride].x) << 16);
 }
 
 template <class Compute>
@@ -189,7 +197,11 @@ inline void write_block(void* data, ScalarType dtype, int64_t offset, int64_t n,
     using Stored = decltype(stored);
     Stored* to = static_cast<Stored*>(data) + offset;
     if (static_cast<const void*>(to) == static_cast<const void*>(values)) return;
-    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<Stored>(values[i]);
+    if constexpr (is_16_bit<Stored> && std::is_same_v<Compute, float>) {
+      narrow_rows(values, n, to);
+    } else {
+      for (int64_t i = 0; i < n; ++i) to[i] = static_cast<Stored>(values[i]);
+    }
   });
 }
 
