@@ -22,6 +22,7 @@ from pygen.diffusion.schedule import (
     inversion_steps,
     log_snr_table,
     sampling_steps,
+    time_shares,
 )
 from pygen.model import Density, GenerativeModel, ModelConfig, Stage
 from pygen.nn.unet import UNet, depth_for
@@ -36,18 +37,19 @@ _BOUND_ELEMENTS = 1 << 17
 class DiffusionConfig(ModelConfig):
     """The noise, the network and the defaults of sampling.
 
-    timesteps: T, the length of the chain; `steps` of sampling may be any number from 1 to T.
+    timesteps: T, the length of the chain; `steps` of sampling may be any number from 1 to T. A longer chain has a
+        tighter bound (Nichol & Dhariwal 2021, section 3, take 4000 too) and costs nothing else.
     schedule: "cosine" (starts at the levels' spacing, see `schedule.log_snr_table`) or "linear" (Ho et al. 2020).
     prediction: what the model output means and what the squared error of the loss is measured in: "v" or "epsilon".
     sampler: "ddim" with noise `eta` in [0, 1], or "ddpm" (ancestral, the same as eta = 1).
     sample_steps: network passes of `sample` where the caller does not choose.
-    bound_draws: time steps drawn for each picture's bound; T - 1 or more takes every step once.
+    bound_draws: time steps drawn for each picture's bound; T or more takes every step once.
     bound_weight: how much of the bound, in nats per value, is added to the squared error in the loss.
     width, multipliers, blocks, attention, dropout: of the U-Net (`pygen.nn.unet.UNet`); `multipliers` is cut to the
         resolutions that leave the smaller side at least 4.
     """
 
-    timesteps: int = 1000
+    timesteps: int = 4000
     schedule: str = "cosine"
     prediction: str = "v"
     sampler: str = "ddim"
@@ -59,7 +61,7 @@ class DiffusionConfig(ModelConfig):
     multipliers: tuple[int, ...] = (1, 2, 2, 2)
     blocks: int = 1
     attention: bool = True
-    dropout: float = 0.1
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,6 +94,7 @@ class Diffusion(GenerativeModel):
     density: ClassVar[Density] = Density.LOWER_BOUND
     config: DiffusionConfig
     _times: Tensor
+    _reached: Tensor
 
     def __init__(self, config: DiffusionConfig) -> None:
         super().__init__(config)
@@ -112,16 +115,18 @@ class Diffusion(GenerativeModel):
         log_snr = self._log_snr[1:]
         drop = torch.cat((log_snr.new_zeros(1), 0.5 * (log_snr[:-1].exp() - log_snr[1:].exp())))
         denoising = denoising_coefficients(log_snr, config.prediction)
-        rows = torch.stack((log_snr, *alpha_sigma(log_snr), *denoising, drop), 1)
+        shares = time_shares(self._log_snr)
+        rows = torch.stack((log_snr, *alpha_sigma(log_snr), *denoising, drop, shares), 1)
         # Row t; the clean picture, row 0, has an infinite ratio and is never given to the network.
-        self.register_buffer("_times", torch.cat((torch.full((1, 6), torch.nan), rows.float())), persistent=False)
+        self.register_buffer("_times", torch.cat((torch.full((1, 7), torch.nan), rows.float())), persistent=False)
+        self.register_buffer("_reached", shares.cumsum(0)[:-1].float(), persistent=False)
 
     def predict(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         """The model output e, v or epsilon as configured, of the shape of x.
 
         x: (n, channels, height, width) at times t, int64 (n,) in 1 .. T. condition: int64 (n,) labels or None.
         """
-        log_snr, alpha, sigma, c0, c1, _ = self._at(t)
+        log_snr, alpha, sigma, c0, c1, *_ = self._at(t)
         mean, deviation = level_moments(x, alpha, sigma, self.config.levels)
         correction = self.network(torch.cat((x, mean), 1), log_snr.flatten(), condition)
         output: Tensor = (mean + deviation * correction.to(x.dtype) - c0 * x) / c1
@@ -154,6 +159,8 @@ class Diffusion(GenerativeModel):
         1 <= steps <= T.
         """
         steps = self.network_passes(steps)
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler is {self.sampler!r}, but expected one of {', '.join(SAMPLERS)}")
         if eta is None:
             eta = 1.0 if self.sampler == "ddpm" else self.eta
         key = ("down", steps, eta, self.device)
@@ -242,19 +249,20 @@ class Diffusion(GenerativeModel):
         """Mean squared error of the model output plus `bound_weight` times the bound in nats per value.
 
         The first is L_simple of Ho et al. 2020, eq. 14, in v or epsilon; the second the same sum of Kullback-Leibler
-        terms as in `log_prob`. One time per picture, spread over the batch (Kingma et al. 2021, app. I.1).
+        terms as in `log_prob`. One time per picture, spread over the batch (Kingma et al. 2021, app. I.1), drawn by
+        `schedule.time_shares` and weighted for it.
         """
         if player != "model":
             raise ValueError(f"player is {player!r}, but expected 'model', the only player of Diffusion")
         x, condition = self._checked(x, "x", condition)
-        n, timesteps = len(x), self.config.timesteps
+        n = len(x)
         spread = (torch.randperm(n, device=x.device) + torch.rand(n, device=x.device)) / n
-        t = 1 + (spread * timesteps).long().clamp(max=timesteps - 1)
-        _, alpha, sigma, _, c1, drop = self._at(t)
+        t = self._times_at(spread)
+        _, alpha, sigma, _, c1, drop, share = self._at(t)
         noise = torch.randn_like(x)
         target = alpha * noise - sigma * x if self.config.prediction == "v" else noise
         error = (self.predict(alpha * x + sigma * noise, t, condition) - target).square()
-        return (error * (1 + self.config.bound_weight * timesteps * drop * c1.square())).mean()
+        return (error * (1 / self.config.timesteps + self.config.bound_weight * drop * c1.square()) / share).mean()
 
     def log_prob(
         self, x: Tensor, *, condition: Tensor | None = None, ids: Tensor | None = None, seed: int = 0
@@ -266,7 +274,8 @@ class Diffusion(GenerativeModel):
             log p(x | x_1) - sum over t = 2 .. T of (snr_(t-1) - snr_t) / 2 |x - x_0(x_t)|^2 - KL(q(x_T | x) || N(0, 1))
 
         with the predicted x_0 clamped as in sampling and `levels.level_log_prob` for the decoder. Of the sum,
-        `config.bound_draws` terms are drawn, one from each of as many equal stretches of time.
+        `config.bound_draws` terms are drawn and weighted, one from each of as many stretches of time that
+        `schedule.time_shares` makes equal.
         """
         x, condition = self._checked(x, "x", condition)
         n, config = len(x), self.config
@@ -280,12 +289,12 @@ class Diffusion(GenerativeModel):
         excess = alpha.square() * (x.square() - 1) - torch.nn.functional.logsigmoid(-log_snr)
         bound = bound - 0.5 * excess.flatten(1).sum(1)
 
-        terms = config.timesteps - 1
-        draws = min(config.bound_draws, terms)
-        offset = ops.uniform(ids, (draws,), seed=seed)
-        if draws == terms:
-            offset = torch.zeros_like(offset)
-        t = 2 + ((torch.arange(draws, device=x.device) + offset) * (terms / draws)).long().clamp(max=terms - 1)
+        draws = min(config.bound_draws, config.timesteps)
+        if draws == config.timesteps:
+            t = torch.arange(1, draws + 1, device=x.device).expand(n, -1)
+        else:
+            offset = ops.uniform(ids, (draws,), seed=seed)
+            t = self._times_at((torch.arange(draws, device=x.device) + offset) / draws)
         together = max(1, _BOUND_ELEMENTS // max(1, x.numel()))
         for start in range(0, draws, together):
             chunk = range(start, min(start + together, draws))
@@ -293,11 +302,13 @@ class Diffusion(GenerativeModel):
             pictures = x.repeat(len(chunk), 1, 1, 1)
             labels = None if condition is None else condition.repeat(len(chunk))
             times = t[:, start : chunk.stop].t().flatten()
-            _, alpha, sigma, c0, c1, drop = self._at(times)
+            _, alpha, sigma, c0, c1, drop, share = self._at(times)
+            if draws < config.timesteps:
+                drop = drop / (draws * share)
             noisy = alpha * pictures + sigma * noise
             denoised = (c0 * noisy + c1 * self.predict(noisy, times, labels)).clamp(-1, 1)
             divergence = (drop * (pictures - denoised).square()).flatten(1).sum(1)
-            bound = bound - divergence.view(len(chunk), n).sum(0) * (terms / draws)
+            bound = bound - divergence.view(len(chunk), n).sum(0)
         return bound
 
     def _walk(
@@ -315,8 +326,12 @@ class Diffusion(GenerativeModel):
             yield x
 
     def _at(self, t: Tensor) -> tuple[Tensor, ...]:
-        """lambda, alpha, sigma, c0, c1 and half the drop of the ratio from t - 1, each (n, 1, 1, 1), at times (n,)."""
+        """lambda, alpha, sigma, c0, c1, half the drop of the ratio from t - 1, share of draws: (n, 1, 1, 1) each."""
         return self._times[t][:, :, None, None, None].unbind(1)
+
+    def _times_at(self, quantile: Tensor) -> Tensor:
+        """The times below which a share `quantile` in [0, 1] of the draws falls, int64 in 1 .. T, of its shape."""
+        return 1 + torch.searchsorted(self._reached, quantile, right=True)
 
     def _keep(self, key: tuple[str, int, float, torch.device], steps: tuple[Tensor, Tensor]) -> None:
         times, table = steps

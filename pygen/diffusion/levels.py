@@ -32,7 +32,8 @@ def level_moments(z: Tensor, alpha: Tensor, sigma: Tensor, levels: int) -> tuple
     """Mean and standard deviation of x given z, both of the shape of z."""
     values = level_values(levels, z)
     weights = level_logits(z, alpha, sigma, levels).softmax(-1)
-    mean = weights @ values
+    # A matrix product would be rounded to bfloat16 under autocast.
+    mean = (weights * values).sum(-1)
     # Around the mean, not as a difference of squares: deep in the schedule the deviation is 1e-4 of the mean.
     variance = (weights * (values - mean.unsqueeze(-1)).square()).sum(-1)
     return mean, variance.sqrt()

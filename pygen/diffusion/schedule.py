@@ -68,6 +68,17 @@ def spaced_times(timesteps: int, steps: int) -> Tensor:
     return (2 * timesteps * torch.arange(steps + 1) + steps) // (2 * steps)
 
 
+def time_shares(log_snr: Tensor) -> Tensor:
+    """How often each time t = 1 .. T should be drawn, float64 (T,), summing to one.
+
+    Half of the draws are even in t. Half are even in lambda where a picture is left, alpha_t (lambda_(t-1) - lambda_t):
+    that is where the terms of the bound are, and even draws in t would put one in ten there.
+    """
+    alpha, _ = alpha_sigma(log_snr[1:])
+    fall = alpha * torch.cat((log_snr.new_zeros(1), -log_snr[1:].diff()))
+    return 0.5 / len(fall) + 0.5 * fall / fall.sum()
+
+
 def denoising_coefficients(log_snr: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
     """c0 and c1 in x_0 = c0 x_t + c1 e, where e is the model output at the times of `log_snr`.
 

@@ -22,6 +22,7 @@ from pygen.diffusion.schedule import (
     sampling_steps,
     spaced_times,
     step_coefficients,
+    time_shares,
 )
 
 
@@ -60,6 +61,16 @@ def test_linear_is_the_product_of_the_betas():
     alpha_bar = (1 - beta).cumprod(0)
     alpha, _ = alpha_sigma(linear_log_snr(1000)[1:])
     assert torch.allclose(alpha.square(), alpha_bar, rtol=1e-10)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_time_has_its_share_of_the_draws(schedule):
+    share = time_shares(log_snr_table(schedule, 1000, 17))
+    assert share.sum().item() == pytest.approx(1)
+    assert share.min() >= 0.5 / 1000
+    # The level spacing is resolved at lambda 4 to 7, which even draws in t would hardly visit.
+    log_snr = log_snr_table(schedule, 1000, 17)[1:]
+    assert share[(log_snr > 4) & (log_snr < 7)].sum() > 0.1
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
