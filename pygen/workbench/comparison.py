@@ -20,14 +20,12 @@ import pygen
 from pygen.model import Density, GenerativeModel, Stage
 from pygen.workbench import figures, report
 from pygen.workbench.data import Dataset
-from pygen.workbench.evaluation import Judge, evaluate, quality_by_steps, spread
+from pygen.workbench.evaluation import Judge, evaluate, quality_with_steps
 from pygen.workbench.information import library_versions, processor_name
 from pygen.workbench.recipes import RECIPES, train_family, training_for
 from pygen.workbench.training import TrainingConfig
 
 STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-# Enough for the shape of the curve; 511 passes over more would outlast the training.
-CURVE_PICTURES = 500
 ROWS_SHOWN = 8
 WAYS_SHOWN = 3
 
@@ -81,7 +79,10 @@ def compare(
         rows[family] = {**dataclasses.asdict(result), "train_seconds": trained.seconds}
         models[family] = trained.ema
 
-    say("\nsampling with 1, 2, 4 ... steps, and drawing the figures", flush=True)
+    curve: list[dict[str, float]] = []
+    if "diffusion" in models:
+        say("\nDiffusion: from 1 step to many", flush=True)
+        curve = _curve(models["diffusion"], rows["diffusion"], judge, seed=seed, say=say)
     summary: dict[str, Any] = {
         "families": rows,
         "real": _yardstick(dataclasses.asdict(real), None, None),
@@ -100,7 +101,7 @@ def compare(
             "judged": judge.count,
         },
         "classifier": {"accuracy": judge.accuracy, "features": judge.classifier.num_features},
-        "steps_curve": _curves(models, samples, judge, seed=seed, progress=progress),
+        "steps_curve": curve,
         "recipes": {family: _shown(config, RECIPES[family].model) for family, config in training.items()},
         "versions": {
             "pygen": pygen.__version__,
@@ -134,33 +135,20 @@ def _yardstick(quality: Mapping[str, Any], density: str | None, bits: float | No
     return {**quality, "density": density, "bits_per_dim": bits, **dict.fromkeys(costs)}
 
 
-def _curves(
-    models: Mapping[str, GenerativeModel], samples: Mapping[str, Tensor], judge: Judge, *, seed: int, progress: bool
-) -> dict[str, Any]:
-    """Quality against the number of passes: diffusion with each number of steps, every family at its own setting."""
-    ids = spread(judge.count, CURVE_PICTURES)
-    count = len(ids)
-    points = {
-        family: {
-            "network_passes": model.network_passes(),
-            "frechet": judge.score(samples[family][ids]).frechet,
-        }
-        for family, model in models.items()
-    }
-    curve: list[dict[str, float]] = []
-    if "diffusion" in models:
-        limit = getattr(models["diffusion"].config, "timesteps", STEPS[-1])
-        for steps in (each for each in STEPS if each <= limit):
-            curve += quality_by_steps(models["diffusion"], judge, [steps], count=count, seed=seed)
-            if progress:
-                print(f"  {steps:>4} steps: Frechet distance {curve[-1]['frechet']:.2f}", flush=True)
-    return {
-        "count": count,
-        "diffusion": curve,
-        "families": points,
-        "real": judge.score(judge.real[ids]).frechet,
-        "noise": judge.score(judge.noise(seed=seed)[ids]).frechet,
-    }
+def _curve(
+    model: GenerativeModel, row: Mapping[str, Any], judge: Judge, *, seed: int, say: Any
+) -> list[dict[str, float]]:
+    """Quality against the number of steps, from one trained model; its own number of steps is in `row` already."""
+    curve = []
+    for steps in (each for each in STEPS if each <= getattr(model.config, "timesteps", STEPS[-1])):
+        if steps == row["network_passes"]:
+            keys = ("network_passes", "frechet", "precision", "recall", "sample_seconds")
+            point = {"steps": steps, **{key: row[key] for key in keys}}
+        else:
+            point = quality_with_steps(model, judge, steps, seed=seed)
+        curve.append(point)
+        say(f"  {steps:>4} steps: Frechet distance {point['frechet']:.2f}", flush=True)
+    return curve
 
 
 def _write(
@@ -175,7 +163,7 @@ def _write(
     seed: int,
     say: Any,
 ) -> dict[str, Any]:
-    rows, curve = summary["families"], summary["steps_curve"]
+    rows = summary["families"]
     ink = figures.is_ink(judge.real)
     shown, columns = in_columns(test.labels, test.classes, len(test))
     shown_real = judge.test[shown]
@@ -188,11 +176,10 @@ def _write(
 
     ways = {family: _way(model, seed=seed) for family, model in models.items()}
     crossing = figures.crossing(ways, ink=ink)
-    points = {
-        family: (point["network_passes"], rows[family]["sample_seconds"], point["frechet"])
-        for family, point in curve["families"].items()
-    }
-    passes = figures.quality_against_passes(curve["diffusion"], points, real=curve["real"], noise=curve["noise"])
+    points = {family: (row["network_passes"], row["sample_seconds"], row["frechet"]) for family, row in rows.items()}
+    passes = figures.quality_against_passes(
+        summary["steps_curve"], points, real=summary["real"]["frechet"], noise=summary["noise"]["frechet"]
+    )
     (out / "crossing.png").write_bytes(crossing)
     (out / "passes.svg").write_bytes(passes)
 

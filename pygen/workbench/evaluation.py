@@ -191,25 +191,16 @@ def evaluate(
     return evaluation, samples
 
 
-def quality_by_steps(
-    model: GenerativeModel, judge: Judge, steps: list[int], *, count: int, seed: int = 0
-) -> list[dict[str, float]]:
-    """The quality of `count` of the judged samples for each number of steps, all from one trained model."""
-    ids = spread(judge.count, count)
-    labels = None if judge.labels is None else judge.labels[ids]
-    curve = []
-    for each in steps:
-        samples = draw(model, ids, labels, seed=seed, steps=each)
-        quality = judge.score(samples)
-        curve.append(
-            {
-                "steps": each,
-                "network_passes": model.network_passes(each),
-                "frechet": quality.frechet,
-                "precision": quality.precision,
-                "recall": quality.recall,
-                # The drawing before was the warm-up.
-                "sample_seconds": seconds_per_100(model, seed=seed, steps=each, calls=1),
-            }
-        )
-    return curve
+def quality_with_steps(model: GenerativeModel, judge: Judge, steps: int, *, seed: int = 0) -> dict[str, float]:
+    """The quality of a model's samples with this number of steps, and their cost, as plain numbers."""
+    samples = draw(model, torch.arange(judge.count), judge.labels, seed=seed, steps=steps)
+    quality = judge.score(samples)
+    return {
+        "steps": steps,
+        "network_passes": model.network_passes(steps),
+        "frechet": quality.frechet,
+        "precision": quality.precision,
+        "recall": quality.recall,
+        # The drawing before was the warm-up.
+        "sample_seconds": seconds_per_100(model, seed=seed, steps=steps, calls=1),
+    }

@@ -52,7 +52,7 @@ def run(out: Path, seed: int, families: tuple[str, ...] = FAMILIES, data: Datase
         for family in families:
             training = dataclasses.replace(recipes.RECIPES[family].training, steps=3, batch_size=16, warmup=0)
             patch.setitem(recipes.RECIPES, family, recipes.Recipe(training=training, model=SMALL[family]))
-        patch.setattr(comparison, "STEPS", (1, 2))
+        patch.setattr(comparison, "STEPS", (1, 2, 4))
         patch.setattr(evaluation, "train_classifier", functools.partial(train_classifier, steps=150))
         return compare(data=data or some_digits(), out=out, families=families, seed=seed)
 
@@ -86,7 +86,8 @@ def test_summary_has_the_promised_structure_and_only_finite_numbers(finished: tu
     assert 0 < diffusion["bits_per_dim"] < 8
     assert summary["noise"]["bits_per_dim"] == pytest.approx(math.log2(17))
     assert summary["real"]["frechet"] < min(row["frechet"] for row in summary["families"].values())
-    assert [point["steps"] for point in summary["steps_curve"]["diffusion"]] == [1, 2]
+    assert [point["steps"] for point in summary["steps_curve"]] == [1, 2, 4]
+    assert summary["steps_curve"][2]["frechet"] == diffusion["frechet"]
 
 
 def test_the_files_are_there_and_the_report_needs_nothing_else(finished: tuple[Path, dict[str, Any]]) -> None:

@@ -12,7 +12,7 @@ from pygen import ops
 from pygen.model import Density, GenerativeModel, ModelConfig, Stage, refuse_steps
 from pygen.workbench.classifier import Classifier, accuracy, train_classifier
 from pygen.workbench.data import Dataset, load_data
-from pygen.workbench.evaluation import Judge, bits_per_dim, draw, evaluate, quality_by_steps, spread
+from pygen.workbench.evaluation import Judge, bits_per_dim, draw, evaluate, quality_with_steps, spread
 
 pytest.importorskip("sklearn")
 
@@ -156,7 +156,7 @@ def test_samples_do_not_depend_on_the_batch_and_repeat_by_seed(digits: tuple[Dat
 
 def test_steps_of_a_family_that_has_none_are_refused(digits: tuple[Dataset, Dataset], judge: Judge) -> None:
     with pytest.raises(ValueError, match="steps is 4, but PixelCounts always takes 1 passes"):
-        quality_by_steps(PixelCounts(digits[0]), judge, [4], count=20)
+        quality_with_steps(PixelCounts(digits[0]), judge, 4)
 
 
 def test_a_model_of_other_pictures_is_refused(digits: tuple[Dataset, Dataset], judge: Judge) -> None:
