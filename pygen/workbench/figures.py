@@ -141,11 +141,13 @@ def quality_against_passes(
         right.set_xlabel("seconds for 100 samples")
         left.set_ylabel("Fréchet distance (log), less is better")
         right.tick_params(labelleft=False)
-        for value, name in ((real, "real training pictures"), (noise, "noise")):
+        for value, name, above in ((real, "real training pictures", -1), (noise, "noise", 1)):
             right.annotate(
-                name, (1, value), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points",
-                ha="right", va="bottom", fontsize=8, color=FAINT,
+                name, (1, value), xycoords=("axes fraction", "data"), xytext=(0, 3 * above), textcoords="offset points",
+                ha="right", va="bottom" if above > 0 else "top", fontsize=8, color=FAINT,
             )  # fmt: skip
+        low, high = left.get_ylim()
+        left.set_ylim(low / 1.4, high * 1.2)
         figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
         return _save(figure, "svg")
 

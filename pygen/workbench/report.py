@@ -46,6 +46,13 @@ code { font: .88em ui-monospace, "DejaVu Sans Mono", monospace; background: var(
 @media print { h2 { break-after: avoid; } figure, tr { break-inside: avoid; } }
 """
 
+SUBJECT = {
+    "gan": "The GAN",
+    "vae": "The VAE",
+    "flow": "The flow",
+    "diffusion": "The diffusion model",
+    "autoregressive": "The autoregressive model",
+}
 SAYING = {
     "gan": "one jump",
     "vae": "one jump",
@@ -130,17 +137,19 @@ def _head(summary: Mapping[str, Any]) -> str:
     families, data = summary["families"], summary["data"]
     near = min(families, key=lambda family: families[family]["frechet"])
     sentences = [
-        f"{TITLES[near]} comes nearest to real pictures (Fréchet distance {number(families[near]['frechet'])}; "
+        f"{SUBJECT[near]} comes nearest to real pictures (Fréchet distance {number(families[near]['frechet'])}; "
         f"real pictures among themselves: {number(summary['real']['frechet'])})."
     ]
     priced = {family: row["bits_per_dim"] for family, row in families.items() if row["bits_per_dim"] is not None}
     if len(priced) > 1:
         cheap = min(priced, key=lambda family: priced[family])
         sentences.append(
-            f"{TITLES[cheap]} describes held-out pictures in the fewest bits ({bits(families[cheap])} per value)."
+            f"{SUBJECT[cheap]} describes held-out pictures in the fewest bits ({bits(families[cheap])} per value)."
         )
     fast = min(families, key=lambda family: families[family]["sample_seconds"])
-    sentences.append(f"{TITLES[fast]} is the quickest to sample ({seconds(families[fast]['sample_seconds'])} for 100).")
+    sentences.append(
+        f"{SUBJECT[fast]} is the quickest to sample ({seconds(families[fast]['sample_seconds'])} for 100)."
+    )
     title = f"Five ways to generate {data['name']}" if len(families) == 5 else f"Generating {data['name']}"
     channels, height, width = data["shape"]
     lead = (
@@ -216,7 +225,7 @@ def _samples(families: Mapping[str, Any], sheets: Mapping[str, bytes]) -> str:
             row = families[name]
             text = f"<b>{TITLES[name]}</b>, Fréchet {number(row['frechet'])}"
             if row["agreement"] is not None:
-                text += f", {row['agreement']:.0%} read as the class asked for"
+                text += f", {row['agreement']:.1%} read as the class asked for"
         alt = "Real pictures" if name == "real" else f"Samples of {TITLES[name]}"
         cards.append(
             f'<figure><img alt="{alt}" src="{_inline(sheets[name], "image/png")}">'
