@@ -98,6 +98,8 @@ def sweep(folder: Path, kind: str) -> None:
     train_toy(folder / "whole", kind)  # here and not in a child, so that the children find PyTorch warmed up
     whole = load_checkpoint(folder / "whole")
     checkpoint.Path.write_bytes = half_written  # type: ignore[method-assign]
+    # A killed process leaves the page cache as it was, so the test need not wait for the disk.
+    os.fsync = lambda _: None  # type: ignore[assignment]
     kills = 0
     for what, calls in {"disk": disk, "step": steps}.items():
         for number in range(10_000):
@@ -108,8 +110,8 @@ def sweep(folder: Path, kind: str) -> None:
             assert os.WIFSIGNALED(status), f"the run stopped by itself at {what} call {number}"
             assert os.WTERMSIG(status) == signal.SIGKILL
             kills += 1
-            if checkpoint.has_checkpoint(cut):
-                load_checkpoint(cut)
+            for kept in cut.glob("step-*"):
+                load_checkpoint(kept)
             assert not in_child(partial(train_toy, cut, kind)), f"no resuming after a kill at {what} call {number}"
             found = difference(load_checkpoint(cut), whole)
             assert found is None, f"killed at {what} call {number}, resumed, and differs in {found}"

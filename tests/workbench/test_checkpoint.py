@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,10 +33,11 @@ pytest.importorskip("safetensors")
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+from crash import CONFIG, difference  # noqa: E402
 from toys import Toy, build, pictures  # noqa: E402
 
 
-def crash(*arguments: str, **options: object) -> subprocess.Popen[str]:
+def crash(*arguments: str) -> subprocess.Popen[str]:
     root = str(Path(pygen.__file__).parent.parent)
     return subprocess.Popen(
         [sys.executable, str(HERE / "crash.py"), *arguments],
@@ -54,8 +56,6 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(tmp_path: Path) -> 
 
 
 def test_a_run_killed_from_outside_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    from crash import CONFIG, difference
-
     folder = tmp_path / "killed"
     process = crash("train", str(folder), "toy")
     assert process.stdout is not None
@@ -143,14 +143,20 @@ def _flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize("damage", [_cut, _flip, Path.unlink, lambda path: path.write_bytes(b"")])
-def test_a_damaged_file_is_named(trained: Path, tmp_path: Path, file: str, damage: object) -> None:
-    if damage is _flip and file == "state.json":
-        pytest.skip("a changed character of JSON can still be JSON")
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+# A changed character of JSON can still be JSON; all other files have a checksum.
+DAMAGES = [(file, damage) for file in FILES for damage in (_cut, _empty, Path.unlink)]
+DAMAGES += [(file, _flip) for file in FILES if file != "state.json"]
+
+
+@pytest.mark.parametrize(("file", "damage"), DAMAGES)
+def test_a_damaged_file_is_named(trained: Path, tmp_path: Path, file: str, damage: Callable[[Path], None]) -> None:
     shutil.copytree(trained, tmp_path / "run")
     path = find_checkpoint(tmp_path / "run") / file
-    damage(path)  # type: ignore[operator]
+    damage(path)
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(tmp_path / "run")
     assert str(caught.value).startswith(f"{path} is ")
@@ -245,6 +251,22 @@ def test_every_family_comes_back_from_disk(name: str, tmp_path: Path) -> None:
     assert type(again) is type(model)
     assert again.config == model.config
     assert all(torch.equal(value, model_tensors(model)[key]) for key, value in model_tensors(again).items())
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_no_family_keeps_state_that_a_checkpoint_misses(name: str, tmp_path: Path) -> None:
+    data = load_data("digits")
+
+    def go(steps: int, out: Path) -> Checkpoint:
+        torch.manual_seed(0)
+        config = TrainingConfig(steps=steps, batch_size=8, schedule="constant", log_every=1)
+        train(families.build(name), data, config, out=out, resume=True, progress=False)
+        return load_checkpoint(out)
+
+    go(1, tmp_path / "halves")
+    halves, whole = go(3, tmp_path / "halves"), go(3, tmp_path / "whole")
+    assert difference(halves, whole) is None
+    assert difference(halves, load_checkpoint(tmp_path / "halves" / "step-00000001")) is not None
 
 
 def test_families_by_name() -> None:
