@@ -110,7 +110,7 @@ class Run:
             with self._gradients_of(player):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=config.autocast == "bf16"):
                     loss = self.model.loss(x, player=player, condition=condition)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
             if config.clip is not None:
                 clip_grads_with_norm_(parameters, config.clip, norm)
