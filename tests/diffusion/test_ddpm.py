@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pygen.diffusion import Diffusion, DiffusionConfig
-from pygen.diffusion.schedule import time_shares
+from pygen.diffusion.schedule import cosine_log_snr, time_shares
 from pygen.model import Density
 
 
@@ -117,6 +117,27 @@ def test_the_bound_is_below_the_true_log_probability_and_close(schedule, predict
     # What is left is the steps' length, and falls with it.
     assert gaps[1] < gaps[0] / 4
     assert gaps[1] < 0.05
+
+
+def test_a_chain_that_stops_short_of_noise_pays_for_it(monkeypatch):
+    # At lambda_T = 2 most of x_T is still the picture, and the standard normal is a poor guess of it.
+    monkeypatch.setattr(
+        "pygen.diffusion.ddpm.log_snr_table", lambda *_: cosine_log_snr(400, lowest=2.0, highest=2 * math.log(18))
+    )
+    torch.manual_seed(0)
+    model = analytic(Dice, timesteps=400, bound_draws=400)
+    x = model.draw(300)
+    truth = model.probabilities.log()[model.quantize(x)].flatten(1).sum(1).mean()
+    gap = (truth - model.log_prob(x).mean()).item() / 16
+    # The marginal of x_T is a mixture of normals: its divergence from the standard normal, by the trapezoid rule.
+    z = torch.linspace(-4, 4, 4001)
+    alpha, sigma = model._times[400, 1:3]
+    normals = torch.distributions.Normal(alpha * torch.linspace(-1, 1, 5), sigma)
+    density = (normals.log_prob(z[:, None]).exp() * model.probabilities).sum(1)
+    ratio = density.log() - torch.distributions.Normal(0.0, 1.0).log_prob(z)
+    divergence = torch.trapezoid(density * ratio, z).item()
+    assert divergence > 0.1
+    assert gap == pytest.approx(divergence, abs=0.03)
 
 
 def test_the_bound_is_a_bound_for_a_wrong_model_too():
