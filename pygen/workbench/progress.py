@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -95,6 +96,12 @@ class Reporter:
             self._stream.flush()
 
     def _print(self, progress: Progress) -> None:
-        self._stream.write(f"\r{progress}\x1b[K" if self._in_place else f"{progress}\n")
+        text = str(progress)
+        if self._in_place:
+            # A line that wraps could not be written over.
+            text = f"\r{text[: shutil.get_terminal_size().columns - 1]}\x1b[K"
+        else:
+            text += "\n"
+        self._stream.write(text)
         self._stream.flush()
         self._open = self._in_place

@@ -331,7 +331,8 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_on_a_terminal_and_elsewhere() -> None:
+def test_progress_on_a_terminal_and_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     for stream, expected in ((Terminal(), "\r"), (io.StringIO(), "")):
         with Reporter(True, "gan", 200, 64, stream=stream) as reporter:
             reporter.start(100)
@@ -342,6 +343,13 @@ def test_progress_on_a_terminal_and_elsewhere() -> None:
         assert "pictures/s" in text
         assert " left  critic 0.25" in text
         assert text.endswith("\n")
+
+
+def test_a_line_updated_in_place_does_not_wrap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    stream = Terminal()
+    Reporter(True, "gan", 200, 64, stream=stream).report(150, {"critic" * 9: 0.25})
+    assert len(stream.getvalue()) == len("\r") + 39 + len("\x1b[K")
 
 
 def test_progress_rates() -> None:
