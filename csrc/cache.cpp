@@ -1,131 +1,15 @@
 // Cached attention on the CPU. A work item is a few query rows of one key/value head against one split of the keys;
 // splits have a fixed size and merge in order, so that a result depends on neither the threads nor the batch.
-#include "cache.h"
+#include "cache_rows.h"
 
 #include <memory>
 
 #include "cache_checks.h"
-#include "tensor.h"
 
 namespace pygen {
 namespace {
 
-constexpr int64_t kSplit = 512;   // keys in a split
-constexpr int64_t kTile = 32;     // keys converted at a time, so that they stay in the first-level cache
-constexpr int64_t kTileRows = 16;  // query rows that share one reading of the keys
-
-PYGEN_INLINE float widen(BFloat16 x) { return scalar::float_of_bfloat16(x.x); }
-PYGEN_INLINE float widen(Half x) { return scalar::float_of_half(x.x); }
-
-template <class Compute, class Stored>
-PYGEN_INLINE const Compute* widen_tile(const Stored* rows, int64_t stride, int64_t n, int64_t width, Compute* buffer,
-                                       int64_t* out_stride) {
-  if constexpr (std::is_same_v<Compute, Stored>) {
-    *out_stride = stride;
-    return rows;
-  } else {
-    for (int64_t j = 0; j < n; ++j) {
-      const Stored* from = rows + j * stride;
-      Compute* to = buffer + j * width;
-      for (int64_t d = 0; d < width; ++d) to[d] = widen(from[d]);
-    }
-    *out_stride = width;
-    return buffer;
-  }
-}
-
-// Query rows (scaled) against keys begin .. end - 1, of which row r may see the first seen[r].
-template <class Compute, class Stored>
-struct Split {
-  const Compute* query;  // (rows, width)
-  const Stored *keys, *values;
-  int64_t key_stride, value_stride;
-  int64_t rows, width, begin, end;
-  const int64_t* seen;
-  Compute *peak, *sum, *accumulator;  // (rows,), (rows,), (rows, width): written
-  Compute* buffer;                    // (kTile, width)
-};
-
-template <class Compute, class Stored>
-PYGEN_CLONES void attend_rows(const Split<Compute, Stored>& x) {
-  const int64_t width = x.width;
-  for (int64_t r = 0; r < x.rows; ++r) {
-    x.peak[r] = cache::kNothing<Compute>;
-    x.sum[r] = 0;
-    for (int64_t d = 0; d < width; ++d) x.accumulator[r * width + d] = 0;
-  }
-  Compute scores[kTileRows][kTile];
-  for (int64_t tile = x.begin; tile < x.end; tile += kTile) {
-    const int64_t n = std::min(kTile, x.end - tile);
-    int64_t stride;
-    const Compute* keys =
-        widen_tile(x.keys + tile * x.key_stride, x.key_stride, n, width, x.buffer, &stride);
-    for (int64_t r = 0; r < x.rows; ++r) {
-      const int64_t visible = std::min(n, x.seen[r] - tile);
-      if (visible <= 0) continue;
-      const Compute* q = x.query + r * width;
-      Compute* s = scores[r];
-      int64_t j = 0;
-      for (; j + 4 <= visible; j += 4) {
-        const Compute* k0 = keys + j * stride;
-        const Compute *k1 = k0 + stride, *k2 = k1 + stride, *k3 = k2 + stride;
-        Compute s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-        for (int64_t d = 0; d < width; ++d) {
-          s0 += q[d] * k0[d];
-          s1 += q[d] * k1[d];
-          s2 += q[d] * k2[d];
-          s3 += q[d] * k3[d];
-        }
-        s[j] = s0;
-        s[j + 1] = s1;
-        s[j + 2] = s2;
-        s[j + 3] = s3;
-      }
-      for (; j < visible; ++j) {
-        const Compute* k = keys + j * stride;
-        Compute s0 = 0;
-#pragma omp simd reduction(+ : s0)
-        for (int64_t d = 0; d < width; ++d) s0 += q[d] * k[d];
-        s[j] = s0;
-      }
-      for (; j < kTile; ++j) s[j] = cache::kNothing<Compute>;
-      Compute peak = x.peak[r];
-      for (j = 0; j < kTile; ++j) peak = cache::higher(s[j], peak);
-      Compute weight = 0;
-      for (j = 0; j < kTile; ++j) s[j] = scalar::exp(s[j] - peak);
-#pragma omp simd reduction(+ : weight)
-      for (j = 0; j < kTile; ++j) weight += s[j];
-      const Compute shrink = cache::shrinkage(x.peak[r], peak);
-      x.sum[r] = x.sum[r] * shrink + weight;
-      x.peak[r] = peak;
-      if (shrink != 1) {
-        for (int64_t d = 0; d < width; ++d) x.accumulator[r * width + d] *= shrink;
-      }
-    }
-    const Compute* values =
-        widen_tile(x.values + tile * x.value_stride, x.value_stride, n, width, x.buffer, &stride);
-    for (int64_t r = 0; r < x.rows; ++r) {
-      const int64_t visible = std::min(n, x.seen[r] - tile);
-      Compute* a = x.accumulator + r * width;
-      const Compute* p = scores[r];
-      int64_t j = 0;
-      for (; j + 4 <= visible; j += 4) {
-        const Compute* v0 = values + j * stride;
-        const Compute *v1 = v0 + stride, *v2 = v1 + stride, *v3 = v2 + stride;
-        const Compute p0 = p[j], p1 = p[j + 1], p2 = p[j + 2], p3 = p[j + 3];
-#pragma omp simd
-        for (int64_t d = 0; d < width; ++d) a[d] += (p0 * v0[d] + p1 * v1[d]) + (p2 * v2[d] + p3 * v3[d]);
-      }
-      for (; j < visible; ++j) {
-        const Compute* v = values + j * stride;
-        const Compute weight = p[j];
-#pragma omp simd
-        for (int64_t d = 0; d < width; ++d) a[d] += weight * v[d];
-      }
-    }
-  }
-}
+constexpr int64_t kSplit = 512;  // keys in a split
 
 // The state of some query rows: what attend_rows writes for one split, or the merger of several.
 template <class Compute>
@@ -164,9 +48,19 @@ class Attention {
  public:
   Attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& key_cache,
             const Tensor& value_cache, const Tensor& lengths, double scale, Tensor& out)
-      : query_(query), new_keys_(key), new_values_(value), keys_(key_cache), values_(value_cache), out_(out),
-        before_(query.size(0)), batch_(query.size(0)), heads_(key_cache.size(1)), group_(query.size(1) / heads_),
-        block_(query.size(2)), width_(query.size(3)), scale_(static_cast<Compute>(scale)) {
+      : query_(query),
+        new_keys_(key),
+        new_values_(value),
+        keys_(key_cache),
+        values_(value_cache),
+        out_(out),
+        before_(query.size(0)),
+        batch_(query.size(0)),
+        heads_(key_cache.size(1)),
+        group_(query.size(1) / heads_),
+        block_(query.size(2)),
+        width_(query.size(3)),
+        scale_(static_cast<Compute>(scale)) {
     int32_t* length = static_cast<int32_t*>(lengths.data_ptr());
     for (int64_t b = 0; b < batch_; ++b) {
       int32_t& own = length[b * lengths.stride(0)];
@@ -229,8 +123,10 @@ class Attention {
     int64_t batch, head, first, count, last = 0;
     int64_t seen[kTileRows];
     Rows(const Attention& x, int64_t tile, int64_t tiles_per_head)
-        : batch(tile / tiles_per_head / x.heads_), head(tile / tiles_per_head % x.heads_),
-          first(tile % tiles_per_head * kTileRows), count(std::min(kTileRows, x.group_ * x.block_ - first)) {
+        : batch(tile / tiles_per_head / x.heads_),
+          head(tile / tiles_per_head % x.heads_),
+          first(tile % tiles_per_head * kTileRows),
+          count(std::min(kTileRows, x.group_ * x.block_ - first)) {
       for (int64_t r = 0; r < count; ++r) {
         seen[r] = x.before_[batch] < 0 ? 0 : x.before_[batch] + (first + r) % x.block_ + 1;
         last = std::max(last, seen[r]);
@@ -277,12 +173,11 @@ class Attention {
 
   void attend(const Rows& rows, int64_t split, const State<Compute>& state, Compute* scratch) const {
     const int64_t begin = split * kSplit;
-    attend_rows(Split<Compute, Stored>{scratch,
-                                       static_cast<const Stored*>(keys_.data) + keys_.at(rows.batch, rows.head, 0),
-                                       static_cast<const Stored*>(values_.data) + values_.at(rows.batch, rows.head, 0),
-                                       keys_.stride[2], values_.stride[2], rows.count, width_, begin,
-                                       std::min(begin + kSplit, rows.last), rows.seen, state.peak, state.sum,
-                                       state.accumulator, scratch + kTileRows * width_});
+    attend_rows(Split<Compute, Stored>{
+        scratch, static_cast<const Stored*>(keys_.data) + keys_.at(rows.batch, rows.head, 0),
+        static_cast<const Stored*>(values_.data) + values_.at(rows.batch, rows.head, 0), keys_.stride[2],
+        values_.stride[2], rows.count, width_, begin, std::min(begin + kSplit, rows.last), rows.seen, state.peak,
+        state.sum, state.accumulator, scratch + kTileRows * width_});
   }
 
   void write(const Rows& rows, const State<Compute>& state) const {
@@ -290,8 +185,7 @@ class Attention {
       using Out = decltype(zero);
       for (int64_t r = 0; r < rows.count; ++r) {
         const int64_t row = rows.first + r;
-        Out* to = static_cast<Out*>(out_.data) +
-                  out_.at(rows.batch, rows.head * group_ + row / block_, row % block_);
+        Out* to = static_cast<Out*>(out_.data) + out_.at(rows.batch, rows.head * group_ + row / block_, row % block_);
         // A row that did not fit has seen nothing: 0/0 is the NaN that marks it.
         for (int64_t d = 0; d < width_; ++d) {
           to[d] = static_cast<Out>(state.accumulator[r * width_ + d] / state.sum[r]);

@@ -13,11 +13,11 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
-constexpr int kBatch = 4;             // keys that a team has in flight
+constexpr int kBatch = 4;  // keys that a team has in flight
 constexpr int64_t kSmallestSplit = 128;
 constexpr int64_t kMostSplits = 128;
 constexpr int64_t kWidest = 512;
-constexpr int64_t kManyRows = 64;     // from here on query rows alone fill the device, and splits would only cost memory
+constexpr int64_t kManyRows = 64;  // from here on query rows alone fill the device, and splits would only cost memory
 
 // (batch, heads, places, width), the last dimension dense.
 template <class T>
@@ -80,8 +80,8 @@ struct Arguments {
   int64_t split, splits, tiles;                  // keys of a split; splits; tiles of query rows
   Compute scale;
   bool aligned;
-  // What the first kernel leaves for the second: the lengths before the append (batch,); and for each (batch, head, row)
-  // and split the peak, the sum and the accumulator.
+  // What the first kernel leaves for the second: the lengths before the append (batch,); and for each (batch, head,
+  // row) and split the peak, the sum and the accumulator.
   int64_t* before;
   Compute *peak, *sum, *accumulator;
 };
@@ -149,9 +149,10 @@ __global__ void __launch_bounds__(kThreads) attend_split_kernel(Arguments<Stored
 #pragma unroll
     for (int e = 0; e < kOwn; ++e) {
       const int64_t d = (e / kVector * kLanes + lane) * kVector + e % kVector;
-      query[r][e] = row < rows && d < x.width
-                        ? load<Compute>(x.query, x.query.at(b, head * x.group + row / x.block, row % x.block, d)) * x.scale
-                        : Compute(0);
+      query[r][e] =
+          row < rows && d < x.width
+              ? load<Compute>(x.query, x.query.at(b, head * x.group + row / x.block, row % x.block, d)) * x.scale
+              : Compute(0);
       accumulator[r][e] = 0;
     }
   }
@@ -334,7 +335,7 @@ void launch_for_width(const Arguments<Stored, Compute>& x, int64_t batch, Stream
   if (x.width <= kFewest * kVector) {
     launch_rows<kFewest>(x, batch, stream);
   } else if (kFewest < 16 && x.width <= 16 * kVector) {
-    launch_rows<kFewest < 16 ? 16 : kFewest>(x, batch, stream);
+    launch_rows < kFewest<16 ? 16 : kFewest>(x, batch, stream);
   } else if (x.width <= 32 * kVector) {
     launch_rows<32>(x, batch, stream);
   } else {

@@ -1,7 +1,8 @@
-// Attention over a growing set of keys, one block of keys at a time: (peak, sum, accumulator) of softmax(scale q k^T) v.
+// Attention over a growing set of keys, one block of keys at a time: (peak, sum, accumulator) of softmax(scale q k^T)
+// v.
 //
-// With scores s_j, peak m = max s_j, sum l = sum e^{s_j - m} and accumulator a = sum e^{s_j - m} v_j, the result is a / l,
-// and two disjoint sets of keys merge as below (Milakov and Gimelshein 2018, arXiv:1805.02867, section 3.1).
+// With scores s_j, peak m = max s_j, sum l = sum e^{s_j - m} and accumulator a = sum e^{s_j - m} v_j, the result is a /
+// l, and two disjoint sets of keys merge as below (Milakov and Gimelshein 2018, arXiv:1805.02867, section 3.1).
 #pragma once
 
 #include "scalar.h"

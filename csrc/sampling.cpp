@@ -102,9 +102,14 @@ template <class T>
 class RowSampler {
  public:
   RowSampler(int64_t vocabulary, double temperature, int64_t top_k, double top_p)
-      : vocabulary_(vocabulary), top_k_(top_k), top_p_(top_p), greedy_(temperature == 0),
-        temperature_(sampling::usable_temperature<T>(temperature)), bits_(sampling::weight_bits(vocabulary)),
-        scale_(static_cast<T>(sampling::power_of_two(bits_))), bins_((vocabulary + kBin - 1) / kBin),
+      : vocabulary_(vocabulary),
+        top_k_(top_k),
+        top_p_(top_p),
+        greedy_(temperature == 0),
+        temperature_(sampling::usable_temperature<T>(temperature)),
+        bits_(sampling::weight_bits(vocabulary)),
+        scale_(static_cast<T>(sampling::power_of_two(bits_))),
+        bins_((vocabulary + kBin - 1) / kBin),
         memory_(std::make_unique_for_overwrite<T[]>(4 * static_cast<size_t>(vocabulary) + 2 * bins_)) {
     copy_ = memory_.get();
     weight_ = copy_ + vocabulary;

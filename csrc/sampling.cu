@@ -1,6 +1,6 @@
 // Sampling from logits on CUDA: one block per row, no sorting of the vocabulary. A threshold is found digit by digit:
-// the weights of the candidates go into bins, and the bin that the target falls into holds the next candidates. Bins are
-// filled by atomics on whole numbers, whose sums are the same in any order.
+// the weights of the candidates go into bins, and the bin that the target falls into holds the next candidates. Bins
+// are filled by atomics on whole numbers, whose sums are the same in any order.
 #include "sampling.h"
 
 #include "sampling_checks.h"
@@ -14,8 +14,8 @@ using Whole = unsigned long long;
 
 constexpr int kMostThreads = 512, kFewestThreads = 128;
 constexpr int64_t kPerThread = 16;  // elements of a row that are worth a thread more
-constexpr int kBins = 1024;      // of the first round, which cuts the range of the logits evenly
-constexpr int kDigitBins = 256;  // of the later rounds, one per value of eight bits of the key
+constexpr int kBins = 1024;         // of the first round, which cuts the range of the logits evenly
+constexpr int kDigitBins = 256;     // of the later rounds, one per value of eight bits of the key
 
 template <class Stored, class T>
 struct Arguments {
@@ -253,8 +253,8 @@ __global__ void __launch_bounds__(kMostThreads) sample_kernel(Arguments<Stored, 
     if (reached) {
       if (lane == __ffs(static_cast<int>(reached)) - 1) {
         all.token[number] = base + lane;
-        all.log_prob[number] = static_cast<T>(
-            sampling::log_share(x, peak, all.temperature, static_cast<double>(total), all.bits));
+        all.log_prob[number] =
+            static_cast<T>(sampling::log_share(x, peak, all.temperature, static_cast<double>(total), all.bits));
       }
       return;
     }

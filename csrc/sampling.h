@@ -44,7 +44,8 @@ PYGEN_INLINE T weigh(T logit, T peak, T temperature, T scale) {
   return round_to_integer(scalar::exp((logit - peak) / temperature) * scale);
 }
 
-// The first cumulative weight above this is the token's. Whole numbers: only rounding up could make it the total itself.
+// The first cumulative weight above this is the token's. Whole numbers: only rounding up could make it the total
+// itself.
 PYGEN_INLINE double draw_target(int64_t seed, int64_t sample_id, int64_t position, double total) {
   const double target = total * philox_uniform53(static_cast<uint64_t>(seed), static_cast<uint64_t>(sample_id),
                                                  NoiseStream::kToken, static_cast<uint64_t>(position));

@@ -27,7 +27,8 @@ inline void check_sample_logits(const Tensor& logits, const Tensor& sample_ids, 
                                 double top_p) {
   check(logits.dim() == 2 && logits.size(1) > 0, "logits has shape ", shape_of(logits),
         ", but expected (rows, vocabulary) with a vocabulary of at least 1");
-  check(logits.size(1) < (int64_t{1} << 31), "logits has a vocabulary of ", logits.size(1), ", but expected below 2^31");
+  check(logits.size(1) < (int64_t{1} << 31), "logits has a vocabulary of ", logits.size(1),
+        ", but expected below 2^31");
   check(is_floating(logits.scalar_type()), "logits has a dtype that is not supported: expected a floating dtype");
   check(sample_ids.dim() == 1 && sample_ids.size(0) == logits.size(0), "sample_ids has shape ", shape_of(sample_ids),
         ", but expected (", logits.size(0), ",)");
