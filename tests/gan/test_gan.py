@@ -190,28 +190,26 @@ def test_loss_under_bf16_autocast_is_close_to_float32():
         torch.testing.assert_close(loss, exact, rtol=0.05, atol=0.02)
 
 
-# Every objective traces, with its gradients; the code generator itself is exercised once, by the default.
+# Tracing and AOTAutograd decide whether the graph is whole and its gradients right; generating C++ for the
+# second-order graph would take minutes and decides nothing.
 @pytest.mark.parametrize(
-    ("objective", "compiler"),
-    [("relativistic", "inductor"), ("wgan_gp", "aot_eager"), ("hinge", "aot_eager"), ("least_squares", "aot_eager")],
+    ("objective", "player"),
+    [("relativistic", "discriminator"), ("relativistic", "generator"), ("wgan_gp", "discriminator")],
 )
-def test_loss_passes_through_compile(objective, compiler):
+def test_loss_passes_through_compile(objective, player, monkeypatch):
     model = gan(loss=objective)
     x, condition = batch(model)
-    for player, parameters in model.players().items():
-        torch._dynamo.reset()
-        # The fake pictures must be the same on both sides, and inductor has a random stream of its own.
-        noise = torch.randn(6, 6), torch.rand(6, 1, 1, 1)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch, "randn", lambda *size, noise=noise, **kwargs: noise[0])
-            patch.setattr(torch, "rand", lambda *size, noise=noise, **kwargs: noise[1])
-            expected = model.loss(x, player=player, condition=condition)
-            compiled = torch.compile(model.loss, fullgraph=True, backend=compiler)
-            loss = compiled(x, player=player, condition=condition)
-        torch.testing.assert_close(loss, expected)
-        gradients = torch.autograd.grad(loss, parameters)
-        for gradient, want in zip(gradients, torch.autograd.grad(expected, parameters), strict=True):
-            torch.testing.assert_close(gradient, want, rtol=1e-4, atol=1e-5)
+    noise = {"randn": torch.randn(6, 6), "rand": torch.rand(6, 1, 1, 1)}
+    for name, values in noise.items():
+        monkeypatch.setattr(torch, name, lambda *size, values=values, **kwargs: values)
+    expected = model.loss(x, player=player, condition=condition)
+    loss = torch.compile(model.loss, fullgraph=True, backend="aot_eager")(x, player=player, condition=condition)
+    torch.testing.assert_close(loss, expected)
+    parameters = model.players()[player]
+    for gradient, want in zip(
+        torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
+        torch.testing.assert_close(gradient, want, rtol=1e-4, atol=1e-5)
 
 
 def test_sample_passes_through_compile():
