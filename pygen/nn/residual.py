@@ -55,7 +55,7 @@ def initialise(layer: nn.Conv2d | nn.Linear) -> None:
 
 def downsample(x: Tensor) -> Tensor:
     """Mean over 2x2 cells, (n, c, h, w) to (n, c, ceil(h/2), ceil(w/2)); a cell cut by the border is its own mean."""
-    return functional.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
+    return functional.avg_pool2d(x, 2, ceil_mode=True)
 
 
 def upsample(x: Tensor, size: Size) -> Tensor:

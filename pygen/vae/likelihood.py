@@ -38,8 +38,6 @@ def discretized_logistic_log_prob(x: Tensor, mean: Tensor, log_scale: Tensor, *,
 
 def discretized_logistic_draw(uniform: Tensor, mean: Tensor, log_scale: Tensor, *, levels: int) -> Tensor:
     """The value whose cell holds the logistic's quantile at `uniform` in [0, 1); shapes (...) broadcast."""
-    # The open interval: a quantile of 0 or 1 is infinite, and an infinite value has no nearest level.
-    uniform = widen(uniform).clamp(2.0**-25, 1 - 2.0**-24)
-    quantile = widen(mean) + widen(log_scale).clamp(*LOG_SCALE_RANGE).exp() * torch.logit(uniform)
+    quantile = widen(mean) + widen(log_scale).clamp(*LOG_SCALE_RANGE).exp() * torch.logit(widen(uniform))
     cells = (levels - 1) / 2
     return ((quantile.clamp(-1, 1) + 1) * cells).round() / cells - 1
