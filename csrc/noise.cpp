@@ -14,8 +14,29 @@ constexpr int64_t kChunk = 16 * kBlock;
 template <NoiseStream S>
 PYGEN_CLONES void block_rows(uint64_t seed, uint64_t sample_id, uint64_t draw, uint32_t first, int64_t blocks,
                              float* __restrict out) {
-  noise_blocks<S>(seed, sample_id, draw, first, blocks, out);
+  noise_blocks<S, uint32_t>(seed, sample_id, draw, first, blocks, out);
 }
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// AVX-512 wants another source than the clones share; see philox4x32_10.
+template <NoiseStream S>
+__attribute__((target("arch=x86-64-v4"))) void wide_block_rows(uint64_t seed, uint64_t sample_id, uint64_t draw,
+                                                                uint32_t first, int64_t blocks,
+                                                                float* __restrict out) {
+  noise_blocks<S, uint64_t>(seed, sample_id, draw, first, blocks, out);
+}
+
+template <NoiseStream S>
+auto choose_block_rows() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("x86-64-v4") ? &wide_block_rows<S> : &block_rows<S>;
+}
+#else
+template <NoiseStream S>
+auto choose_block_rows() {
+  return &block_rows<S>;
+}
+#endif
 
 template <NoiseStream S>
 void noise_rows(const NoiseAddresses& addresses, int64_t row, int64_t start, int64_t n, float* out) {
@@ -23,7 +44,8 @@ void noise_rows(const NoiseAddresses& addresses, int64_t row, int64_t start, int
   const uint64_t draw = addresses.draw_of(row);
   const uint32_t first = static_cast<uint32_t>(start / 4);
   const int64_t whole = n / 4;
-  block_rows<S>(seed, sample_id, draw, first, whole, out);
+  static const auto rows_of_blocks = choose_block_rows<S>();
+  rows_of_blocks(seed, sample_id, draw, first, whole, out);
   if (n % 4) {
     float values[4];
     noise_block<S>(seed, sample_id, draw, first + static_cast<uint32_t>(whole), values);

@@ -54,9 +54,9 @@ PYGEN_INLINE NormalPair normal_pair(uint32_t radius_word, uint32_t angle_word) {
 }
 
 // Elements 4 block .. 4 block + 3 of a draw.
-template <NoiseStream S>
+template <NoiseStream S, class Lane = uint32_t>
 PYGEN_INLINE void noise_block(uint64_t seed, uint64_t sample_id, uint64_t draw, uint32_t block, float (&values)[4]) {
-  const PhiloxWords words = philox(seed, sample_id, S, draw, block);
+  const PhiloxWords words = philox<Lane>(seed, sample_id, S, draw, block);
   if constexpr (S == NoiseStream::kNormal) {
     const NormalPair low = normal_pair(words.w0, words.w1), high = normal_pair(words.w2, words.w3);
     values[0] = low.first;
@@ -72,13 +72,13 @@ PYGEN_INLINE void noise_block(uint64_t seed, uint64_t sample_id, uint64_t draw, 
 }
 
 // Blocks first .. first + blocks - 1, 4 * blocks values: the loop that the compiler vectorises across blocks.
-template <NoiseStream S>
+template <NoiseStream S, class Lane>
 PYGEN_INLINE void noise_blocks(uint64_t seed, uint64_t sample_id, uint64_t draw, uint32_t first, int64_t blocks,
                                float* __restrict out) {
 #pragma omp simd
   for (int64_t i = 0; i < blocks; ++i) {
     float values[4];
-    noise_block<S>(seed, sample_id, draw, first + static_cast<uint32_t>(i), values);
+    noise_block<S, Lane>(seed, sample_id, draw, first + static_cast<uint32_t>(i), values);
     out[4 * i] = values[0];
     out[4 * i + 1] = values[1];
     out[4 * i + 2] = values[2];

@@ -119,9 +119,10 @@ def test_uniform_of_the_header(program):
 @pytest.mark.parametrize(("seed", "sample_id", "draw"), [(0, 0, 0), (-5, 2**40 + 3, 77), (2**63 - 1, -1, 2**30 - 1)])
 def test_every_instruction_set_gives_the_same_bits(program, seed, sample_id, draw):
     blocks = 20_003
-    rows = program("normal", seed, sample_id, draw, 0, blocks)
-    expected = noise_reference(torch.tensor([sample_id]), (4 * blocks,), seed=seed, draw=draw)
-    assert [word for row in rows for word in row] == bits(expected)
+    expected = bits(noise_reference(torch.tensor([sample_id]), (4 * blocks,), seed=seed, draw=draw))
+    for lanes in ("normal", "wide"):
+        rows = program(lanes, seed, sample_id, draw, 0, blocks)
+        assert [word for row in rows for word in row] == expected
 
 
 def test_later_blocks_are_reached_directly(program):
