@@ -75,6 +75,7 @@ class GenerativeModel(nn.Module):
     """
 
     density: ClassVar[Density]
+    PLAYERS: ClassVar[tuple[str, ...]] = ("model",)
     config: ModelConfig
 
     def __init__(self, config: ModelConfig) -> None:
@@ -141,7 +142,7 @@ class GenerativeModel(nn.Module):
 
     def players(self) -> dict[str, list[nn.Parameter]]:
         """Named parameter groups, in the order in which one training step updates them."""
-        return {"model": list(self.parameters())}
+        return {self.PLAYERS[0]: list(self.parameters())}
 
     @abstractmethod
     def loss(
@@ -190,7 +191,20 @@ class GenerativeModel(nn.Module):
             )
         if condition.shape != (n,):
             raise ValueError(f"condition has shape {tuple(condition.shape)}, but expected ({n},)")
+        # What the host can read is checked; on a GPU, reading would wait for the device.
+        if condition.device.type == "cpu" and condition.numel() and not torch.compiler.is_compiling():
+            low, high = int(condition.min()), int(condition.max())
+            if low < 0 or high >= classes:
+                raise ValueError(
+                    f"condition has label {low if low < 0 else high}, but expected labels from 0 to {classes - 1}"
+                )
         return condition.to(self.device, torch.int64)
+
+    def check_player(self, player: str) -> None:
+        """ValueError for a player that the model does not have."""
+        if player not in self.PLAYERS:
+            expected = " or ".join(repr(name) for name in self.PLAYERS)
+            raise ValueError(f"player is {player!r}, but expected {expected}")
 
     def check_pictures(self, x: Tensor) -> Tensor:
         """`x` on the model's device and in its dtype, or an error that says what is wrong with dtype or shape."""

@@ -138,3 +138,12 @@ def test_a_broken_library_is_named(tmp_path):
     (tmp_path / "libpygen_cpu.so").write_bytes(b"not a library")
     program = 'from pygen import _native; print(_native.report()["libraries"]["absent"]["cpu"])'
     assert "libpygen_cpu.so did not load" in run(program, PYGEN_LIBRARIES=str(tmp_path))
+
+
+def test_the_cuda_library_loads_where_pytorch_has_its_major_version():
+    path = FOLDER / "libpygen_cuda.so"
+    built = _native._runtime.build_facts()["cuda"].partition(".")[0]
+    if not built or (torch.version.cuda or "").partition(".")[0] != built:
+        pytest.skip(f"built with CUDA {built or 'absent'}, and this PyTorch has {torch.version.cuda}")
+    # In a process of its own: no GPU is needed to resolve the symbols.
+    run(f"import torch; from pygen import _native; torch.ops.load_library({str(path)!r})")

@@ -149,6 +149,8 @@ def test_wrong_input_gets_one_sentence(model, pictures, labels):
     if model.density is not Density.IMPLICIT:
         with pytest.raises(ValueError, match="x has shape"):
             model.log_prob(pictures[:, :, :4], condition=labels)
+    with pytest.raises(ValueError, match="label 12, but expected labels from 0 to 9"):
+        model.loss(pictures, player=player, condition=labels + 3)
     with pytest.raises(ValueError, match="n is 0|n is -1"):
         model.sample(-1)
 

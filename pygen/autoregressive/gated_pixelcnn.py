@@ -122,6 +122,7 @@ class GatedPixelCNN(GenerativeModel):
 
     def loss(self, x: Tensor, *, player: str = "model", condition: Tensor | None = None) -> Tensor:
         """The mean negative log-likelihood in nats per dimension."""
+        self.check_player(player)
         return -self.log_prob(x, condition=condition).mean() / self.config.dimensions
 
     def log_prob(

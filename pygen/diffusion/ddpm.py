@@ -252,8 +252,7 @@ class Diffusion(GenerativeModel):
         terms as in `log_prob`. One time per picture, spread over the batch (Kingma et al. 2021, app. I.1), drawn by
         `schedule.time_shares` and weighted for it.
         """
-        if player != "model":
-            raise ValueError(f"player is {player!r}, but expected 'model', the only player of Diffusion")
+        self.check_player(player)
         x, condition = self._checked(x, "x", condition)
         n = len(x)
         spread = (torch.randperm(n, device=x.device) + torch.rand(n, device=x.device)) / n

@@ -119,6 +119,7 @@ class RealNVP(GenerativeModel):
 
     def loss(self, x: Tensor, *, player: str = "model", condition: Tensor | None = None) -> Tensor:
         """The mean negative log-likelihood in nats per dimension, dequantized by PyTorch's generator."""
+        self.check_player(player)
         x = self.check_pictures(x)
         condition = self.check_condition(condition, len(x))
         return -self._log_prob(x, torch.rand_like(x), condition).mean() / self.config.dimensions

@@ -18,7 +18,6 @@ from pygen.gan.losses import OBJECTIVES, Objective, Penalties
 from pygen.model import Density, GenerativeModel, ModelConfig, Stage, refuse_steps
 from pygen.nn.residual import ResidualDecoder, ResidualEncoder, activate, widen
 
-PLAYERS = ("discriminator", "generator")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,6 +109,7 @@ class GAN(GenerativeModel):
     """
 
     density: ClassVar[Density] = Density.IMPLICIT
+    PLAYERS: ClassVar[tuple[str, ...]] = ("discriminator", "generator")
     config: GANConfig
 
     def __init__(self, config: GANConfig) -> None:
@@ -118,7 +118,7 @@ class GAN(GenerativeModel):
         self.discriminator = Discriminator(config)
 
     def players(self) -> dict[str, list[nn.Parameter]]:
-        return {name: list(self.get_submodule(name).parameters()) for name in PLAYERS}
+        return {name: list(self.get_submodule(name).parameters()) for name in self.PLAYERS}
 
     def loss(self, x: Tensor, *, player: str = "model", condition: Tensor | None = None) -> Tensor:
         """The scalar that `player` descends on; it has a gradient in that player's parameters alone.
@@ -126,8 +126,7 @@ class GAN(GenerativeModel):
         x: (n, channels, height, width) in [-1, 1]. player: "discriminator" or "generator". condition: int64 (n,).
         Raises ValueError for another player and for shapes that do not fit.
         """
-        if player not in PLAYERS:
-            raise ValueError(f"player is {player!r}, but expected {PLAYERS[0]!r} or {PLAYERS[1]!r}")
+        self.check_player(player)
         x = self.check_pictures(x)
         condition = self.check_condition(condition, len(x))
         z = torch.randn(len(x), self.config.latent, device=x.device)

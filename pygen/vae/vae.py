@@ -123,8 +123,7 @@ class VAE(GenerativeModel):
         x: (n, channels, height, width) in [-1, 1], taken at the nearest level. player: "model". condition: int64 (n,).
         Raises ValueError for another player and for shapes that do not fit.
         """
-        if player != "model":
-            raise ValueError(f"player is {player!r}, but expected 'model'")
+        self.check_player(player)
         x = self.check_pictures(x)
         known = self._embed(self.check_condition(condition, len(x)))
         posterior = self._posterior(x, known)

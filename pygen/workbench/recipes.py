@@ -30,17 +30,18 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "gan": Recipe(
-        training=TrainingConfig(steps=1400, batch_size=64, learning_rate=1e-3, betas=(0.0, 0.95), warmup=50),
+        training=TrainingConfig(steps=1100, batch_size=64, learning_rate=1e-3, betas=(0.0, 0.95), warmup=50),
         model={"width": 16},
     ),
-    "vae": Recipe(training=TrainingConfig(steps=1800, batch_size=64, learning_rate=2e-3, warmup=100)),
+    "vae": Recipe(training=TrainingConfig(steps=1200, batch_size=64, learning_rate=2e-3, warmup=100)),
     "flow": Recipe(
-        training=TrainingConfig(steps=1100, batch_size=128, learning_rate=1e-3, betas=(0.9, 0.999), warmup=50),
-        model={"dropout": 0.2},
+        training=TrainingConfig(
+            steps=900, batch_size=128, learning_rate=2e-3, betas=(0.9, 0.999), weight_decay=0.05, warmup=50
+        )
     ),
-    "diffusion": Recipe(training=TrainingConfig(steps=1500, batch_size=64, learning_rate=2e-3, warmup=100)),
+    "diffusion": Recipe(training=TrainingConfig(steps=1200, batch_size=64, learning_rate=2e-3, warmup=100)),
     "autoregressive": Recipe(
-        training=TrainingConfig(steps=1100, batch_size=64, learning_rate=2e-3, betas=(0.9, 0.999), warmup=50)
+        training=TrainingConfig(steps=900, batch_size=64, learning_rate=3e-3, betas=(0.9, 0.999), warmup=50)
     ),
 }
 
