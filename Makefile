@@ -6,7 +6,8 @@ TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_INDEX ?=
 # One architecture keeps the build quick; `make wheel` compiles them all.
 CUDA_ARCHITECTURES ?= 90
-JOBS ?= 2
+# Compilers, and processes of the tests, at a time.
+JOBS ?= $(shell nproc)
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -28,12 +29,12 @@ demo: setup  ## train the five families on handwritten digits and write the comp
 test: setup  ## run every test, the CUDA kernels on the CPU included
 	@test -f build/simt/build.ninja || PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/cmake --preset simt >/dev/null
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/cmake --build --preset simt --target pygen_simt
-	$(RUN) -m pytest $(TESTS)
+	$(RUN) -m pytest -n $(JOBS) --dist worksteal $(TESTS)
 
 test-torch: wheel  ## the operator tests on another PyTorch, with the wheel as built: make test-torch TORCH=2.11.0
 	test -x .venv-torch-$(TORCH)/bin/python || $(PYTHON) -m venv .venv-torch-$(TORCH)
 	.venv-torch-$(TORCH)/bin/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(TORCH)
-	.venv-torch-$(TORCH)/bin/python -m pip install -q numpy pytest hypothesis mpmath scipy
+	.venv-torch-$(TORCH)/bin/python -m pip install -q numpy pytest pytest-xdist hypothesis mpmath scipy
 	.venv-torch-$(TORCH)/bin/python -m pip install -q --force-reinstall --no-deps dist/pygen_torch-*.whl
 	.venv-torch-$(TORCH)/bin/python -m pytest -p no:cacheprovider --backend cpu tests/ops tests/test_libraries.py
 

@@ -24,6 +24,10 @@ hypothesis.settings.register_profile("explore", deadline=None, max_examples=500)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+# Tests are small and run side by side: a second thread each would only wait for the first.
+torch.set_num_threads(1)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", default="cpu,simt", help="backends of the operator tests: cpu, simt, cuda")
 
@@ -91,6 +95,14 @@ def device(backend: str) -> torch.device:
 def namespace(backend: str) -> str:
     """The namespace of the raw operators of the backend under test, for `torch.library.opcheck`."""
     return "pygen_simt" if backend == "simt" else "pygen"
+
+
+@pytest.fixture
+def four_threads() -> Iterator[None]:
+    """PyTorch's thread pool with four threads, for tests of what threads may not change."""
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -193,15 +193,12 @@ def test_functorch_takes_the_reference(backend, device):
     close(tangent, raw.exp())
 
 
+@pytest.mark.usefixtures("four_threads")
 def test_threads_and_batch_position_do_not_change_a_bit(backend, device):
     x, raw, shift = draw((5, 40_000), torch.float32, device)
     y, ladj = ops.affine(x, raw, shift)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        once = ops.affine(x, raw, shift)
-    finally:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(1)
+    once = ops.affine(x, raw, shift)
     alone = ops.affine(x[3:4], raw[3:4], shift[3:4])
     assert torch.equal(once[0], y)
     assert torch.equal(once[1], ladj)

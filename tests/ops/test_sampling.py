@@ -236,6 +236,7 @@ def test_a_row_does_not_depend_on_its_batch(backend, device):
             assert torch.equal(alone[1], together[1][row : row + 1])
 
 
+@pytest.mark.usefixtures("four_threads")
 def test_threads_do_not_change_a_bit(backend, device):
     if backend != "cpu":
         pytest.skip("one grid, however many threads")
