@@ -7,6 +7,7 @@
 #include "cache_checks.h"
 #include "simt.h"
 #include "tensor.h"
+#include "vector.h"
 
 namespace pygen {
 namespace {
@@ -86,17 +87,12 @@ struct Arguments {
   Compute *peak, *sum, *accumulator;
 };
 
-template <class T>
-struct alignas(16) Pack {
-  T values[16 / sizeof(T)];
-};
-
 // 16 bytes of a row from element e, zeros past its end.
 template <class Stored, class Compute>
 __device__ __forceinline__ void load_pack(const Stored* row, int64_t e, int64_t width, bool aligned, Compute* to) {
   constexpr int kVector = 16 / sizeof(Stored);
   if (aligned && e + kVector <= width) {
-    const Pack<Stored> pack = *reinterpret_cast<const Pack<Stored>*>(row + e);
+    const auto pack = *reinterpret_cast<const Vector<Stored, kVector>*>(row + e);
 #pragma unroll
     for (int v = 0; v < kVector; ++v) to[v] = static_cast<Compute>(pack.values[v]);
   } else {
@@ -380,7 +376,8 @@ void attend(const Tensor& query, const Tensor& key, const Tensor& value, const T
   x.peak = static_cast<Compute*>(scratch.data_ptr());
   x.sum = x.peak + states;
   x.accumulator = x.sum + states;
-  const Stream stream = current_stream(query.get_device_index());
+  const OnDevice device(query.get_device_index());
+  const Stream stream = device.stream();
   launch_for_width(x, batch, stream);
   launch(merge_splits_kernel<Stored, Compute>, dim3(static_cast<unsigned>(batch * heads * rows)), dim3(kThreads), 0,
          stream, x);

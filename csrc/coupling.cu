@@ -33,7 +33,8 @@ struct AffineArguments {
 // N elements of a row from position i; N = 1 takes any strides.
 template <int N, class T>
 __device__ __forceinline__ void read(const Rows& rows, int64_t row, int64_t i, T* to) {
-  load_vector<N>(rows.data, rows.dtype, rows.row_offset(row) + (N > 1 ? i : rows.event_offset(i)), to);
+  load_vector<N>(rows.data, rows.dtype, rows.row_offset(row) + (N > 1 ? i : rows.event_offset(i)), N, true,
+                 to);
 }
 
 // Whether every row lies dense and in whole vectors of N elements.
@@ -82,7 +83,7 @@ __device__ __forceinline__ double affine_stride(const AffineArguments<T>& argume
           affine_element(x_values[k], raw_values[k], shift_values[k], additive, arguments, &log_s);
       sum += log_s;
     }
-    store_vector<N>(arguments.y.data, arguments.y.dtype, row * arguments.x.width + i, y_values);
+    store_vector<N>(arguments.y.data, arguments.y.dtype, row * arguments.x.width + i, N, true, y_values);
   }
   return arguments.inverse ? -sum : sum;
 }
@@ -159,7 +160,8 @@ std::tuple<Tensor, Tensor> affine(bool inverse, const Tensor& x, const OptionalT
   check_affine(x, raw_scale, shift, activation, event_dims);
   Tensor y = empty_like_shape(x, x.scalar_type());
   Tensor ladj = empty_ladj(x, event_dims);
-  const Stream stream = current_stream(x.get_device_index());
+  const OnDevice device(x.get_device_index());
+  const Stream stream = device.stream();
   auto run = [&](auto type) {
     using T = decltype(type);
     const AffineArguments<T> arguments{Rows(x, event_dims),
@@ -225,8 +227,8 @@ __global__ void __launch_bounds__(kThreads) affine_backward_kernel(BackwardArgum
         raws[k] = gradient.raw_scale;
       });
     }
-    store_vector<N>(arguments.grad_input.data, arguments.grad_input.dtype, at, inputs);
-    store_vector<N>(arguments.grad_raw_scale.data, arguments.grad_raw_scale.dtype, at, raws);
+    store_vector<N>(arguments.grad_input.data, arguments.grad_input.dtype, at, N, true, inputs);
+    store_vector<N>(arguments.grad_raw_scale.data, arguments.grad_raw_scale.dtype, at, N, true, raws);
   }
 }
 
@@ -247,7 +249,8 @@ std::tuple<Tensor, Tensor> affine_backward(const Tensor& x, const Tensor& raw_sc
   check(grad_ladj.scalar_type() == sum_dtype(x), "grad_ladj has another dtype than the log-determinant");
   Tensor grad_input = empty_like_shape(x, x.scalar_type());
   Tensor grad_raw_scale = empty_like_shape(x, raw_scale.scalar_type());
-  const Stream stream = current_stream(x.get_device_index());
+  const OnDevice device(x.get_device_index());
+  const Stream stream = device.stream();
   auto run = [&](auto type) {
     using T = decltype(type);
     const BackwardArguments<T> arguments{Rows(x, event_dims),

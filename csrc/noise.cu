@@ -5,17 +5,13 @@
 #include "noise_checks.h"
 #include "simt.h"
 #include "tensor.h"
+#include "vector.h"
 
 namespace pygen {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocks = 1 << 16;  // fills any device a few times over; the kernel strides over the rest
-
-template <class T, int N>
-struct alignas(16) Vector {
-  T values[N];
-};
 
 template <NoiseStream S, class Stored>
 __global__ void __launch_bounds__(kThreads)
@@ -25,24 +21,14 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t item = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; item < total; item += step) {
     const int64_t row = item / groups, start = item % groups * N;
-    Vector<Stored, N> result;
+    float values[N / 4][4];
 #pragma unroll
-    for (int part = 0; part < N; part += 4) {
-      float values[4];
+    for (int part = 0; part < N / 4; ++part) {
       noise_block<S>(addresses.seed_of(row), addresses.sample_id_of(row), addresses.draw_of(row),
-                     static_cast<uint32_t>((start + part) / 4), values);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) result.values[part + k] = static_cast<Stored>(values[k]);
+                     static_cast<uint32_t>(start / 4 + part), values[part]);
     }
-    Stored* to = out + row * width + start;
-    if (aligned) {
-      *reinterpret_cast<Vector<Stored, N>*>(to) = result;
-    } else {
-#pragma unroll
-      for (int k = 0; k < N; ++k) {
-        if (start + k < width) to[k] = result.values[k];
-      }
-    }
+    const int count = static_cast<int>(min(static_cast<int64_t>(N), width - start));
+    store_vector_as<Stored, N>(out, row * width + start, count, aligned, values[0]);
   }
 }
 
@@ -52,7 +38,7 @@ void launch_noise(const NoiseAddresses& addresses, int64_t rows, int64_t width, 
     using Stored = decltype(stored);
     constexpr int N = sizeof(Stored) == 2 ? 8 : 4;
     Stored* const data = static_cast<Stored*>(out.mutable_data_ptr());
-    const bool aligned = width % N == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+    const bool aligned = width % N == 0 && vector_aligned(data, out.scalar_type(), N);
     const int64_t items = rows * ((width + N - 1) / N);
     const int64_t blocks = std::min<int64_t>((items + kThreads - 1) / kThreads, kMaxBlocks);
     launch(noise_kernel<S, Stored>, static_cast<unsigned>(blocks), kThreads, 0, stream, addresses, rows, width,
@@ -67,7 +53,8 @@ Tensor noise(const Tensor& sample_ids, const std::vector<int64_t>& shape, int64_
   Tensor out = empty_noise(sample_ids, shape, dtype, &width);
   const int64_t rows = sample_ids.size(0);
   const NoiseAddresses addresses = noise_addresses(sample_ids, rows, sample_ids, seed, seeds, draw, draws);
-  const Stream stream = current_stream(sample_ids.get_device_index());
+  const OnDevice device(sample_ids.get_device_index());
+  const Stream stream = device.stream();
   auto run = uniform ? &launch_noise<NoiseStream::kUniform> : &launch_noise<NoiseStream::kNormal>;
   run(addresses, rows, width, out, stream);
   return out;

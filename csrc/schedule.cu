@@ -8,6 +8,7 @@
 #include "schedule_checks.h"
 #include "simt.h"
 #include "tensor.h"
+#include "vector.h"
 
 namespace pygen {
 namespace {
@@ -16,73 +17,20 @@ constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocks = 1 << 16;  // fills any device a few times over; the kernel strides over the rest
 constexpr int kMaxHistory = 8;
 
-template <class T, int N>
-struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector {
-  T values[N];
-};
-
 // A contiguous tensor as stored; data is null where it is absent.
 struct Stored {
   void* data = nullptr;
   ScalarType dtype = ScalarType::Float;
 };
 
-template <class Element, int N, class T>
-__device__ __forceinline__ void read_as(const void* data, int64_t at, int count, bool aligned, T* to) {
-  const Element* from = static_cast<const Element*>(data) + at;
-  if (aligned && count == N) {
-    const auto vector = *reinterpret_cast<const Vector<Element, N>*>(from);
-#pragma unroll
-    for (int k = 0; k < N; ++k) to[k] = static_cast<T>(vector.values[k]);
-  } else {
-#pragma unroll
-    for (int k = 0; k < N; ++k) to[k] = k < count ? static_cast<T>(from[k]) : T(0);
-  }
-}
-
-// The dtype is the same for all threads, so the branch costs nothing beside the memory traffic.
 template <int N, class T>
 __device__ __forceinline__ void read(const Stored& tensor, int64_t at, int count, bool aligned, T* to) {
-  switch (tensor.dtype) {
-    case ScalarType::Double:
-      return read_as<double, N>(tensor.data, at, count, aligned, to);
-    case ScalarType::BFloat16:
-      return read_as<BFloat16, N>(tensor.data, at, count, aligned, to);
-    case ScalarType::Half:
-      return read_as<Half, N>(tensor.data, at, count, aligned, to);
-    default:
-      return read_as<float, N>(tensor.data, at, count, aligned, to);
-  }
-}
-
-template <class Element, int N, class T>
-__device__ __forceinline__ void write_as(void* data, int64_t at, int count, bool aligned, const T* values) {
-  Element* to = static_cast<Element*>(data) + at;
-  if (aligned && count == N) {
-    Vector<Element, N> vector;
-#pragma unroll
-    for (int k = 0; k < N; ++k) vector.values[k] = static_cast<Element>(values[k]);
-    *reinterpret_cast<Vector<Element, N>*>(to) = vector;
-  } else {
-#pragma unroll
-    for (int k = 0; k < N; ++k) {
-      if (k < count) to[k] = static_cast<Element>(values[k]);
-    }
-  }
+  load_vector<N>(tensor.data, tensor.dtype, at, count, aligned, to);
 }
 
 template <int N, class T>
 __device__ __forceinline__ void write(const Stored& tensor, int64_t at, int count, bool aligned, const T* values) {
-  switch (tensor.dtype) {
-    case ScalarType::Double:
-      return write_as<double, N>(tensor.data, at, count, aligned, values);
-    case ScalarType::BFloat16:
-      return write_as<BFloat16, N>(tensor.data, at, count, aligned, values);
-    case ScalarType::Half:
-      return write_as<Half, N>(tensor.data, at, count, aligned, values);
-    default:
-      return write_as<float, N>(tensor.data, at, count, aligned, values);
-  }
+  store_vector<N>(tensor.data, tensor.dtype, at, count, aligned, values);
 }
 
 // Where the elements are: rows of one width, each in groups of N, the last group of a row perhaps shorter.
@@ -192,8 +140,7 @@ class Operands {
 
  private:
   Stored note(const Tensor& x) {
-    const int64_t bytes = std::min<int64_t>(16, static_cast<int64_t>(x.element_size()) * n_);
-    aligned_ = aligned_ && reinterpret_cast<uintptr_t>(x.data_ptr()) % static_cast<uintptr_t>(bytes) == 0;
+    aligned_ = aligned_ && vector_aligned(x.data_ptr(), x.scalar_type(), n_);
     return {x.data_ptr(), x.scalar_type()};
   }
 
@@ -240,7 +187,8 @@ Tensor step(const Tensor& sample, const Tensor& model_output, const Tensor& coef
   if (denoised) *denoised = empty_like_shape(sample, sample.scalar_type());
   if (sample.numel() == 0) return next;
   const int64_t rows = per_sample(steps, sample_ids) ? sample.size(0) : 1;
-  const Stream stream = current_stream(sample.get_device_index());
+  const OnDevice device(sample.get_device_index());
+  const Stream stream = device.stream();
   for_sample(sample, [&](auto zero, auto n) {
     using T = decltype(zero);
     constexpr int N = decltype(n)::value;
@@ -299,7 +247,8 @@ std::tuple<Tensor, Tensor> diffusion_step_backward(const Tensor& sample, const T
   Tensor grad_model_output = empty_like_shape(sample, model_output.scalar_type());
   if (sample.numel() == 0) return {grad_sample, grad_model_output};
   const int64_t rows = per_sample(steps, std::nullopt) ? sample.size(0) : 1;
-  const Stream stream = current_stream(sample.get_device_index());
+  const OnDevice device(sample.get_device_index());
+  const Stream stream = device.stream();
   for_sample(sample, [&](auto zero, auto n) {
     using T = decltype(zero);
     constexpr int N = decltype(n)::value;

@@ -10,6 +10,7 @@
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
 // STABLE_TORCH_LIBRARY_IMPL and _FRAGMENT expand these two; STABLE_TORCH_LIBRARY would not.
@@ -23,13 +24,22 @@ namespace pygen {
 
 using Stream = cudaStream_t;
 
-inline Stream current_stream(int32_t device_index) {
-  void* stream = nullptr;
-  if (aoti_torch_get_current_cuda_stream(device_index, &stream) != 0) {
-    throw std::runtime_error("PyTorch gave no current CUDA stream for the device");
+// Makes a tensor's device the current one for as long as it lives, and knows PyTorch's stream there.
+class OnDevice {
+ public:
+  explicit OnDevice(int32_t device_index) : guard_(device_index) {
+    void* stream = nullptr;
+    if (aoti_torch_get_current_cuda_stream(device_index, &stream) != 0) {
+      throw std::runtime_error("PyTorch gave no current CUDA stream for the device");
+    }
+    stream_ = static_cast<Stream>(stream);
   }
-  return static_cast<Stream>(stream);
-}
+  Stream stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  Stream stream_;
+};
 
 template <class T>
 __device__ __forceinline__ T* dynamic_shared() {
@@ -73,7 +83,10 @@ namespace pygen {
 
 struct Stream {};
 
-inline Stream current_stream(int32_t) { return {}; }
+struct OnDevice {
+  explicit OnDevice(int32_t) {}
+  Stream stream() const { return {}; }
+};
 
 template <class T>
 T* dynamic_shared() {
