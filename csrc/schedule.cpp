@@ -16,8 +16,9 @@ PYGEN_CLONES void step_rows(const T* __restrict x, const T* __restrict e, const 
                             T* __restrict denoised, int64_t n, StepCoefficients<T> c) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const T m0 = clip_denoised(unclipped_denoised(x[i], e[i], c), c);
-    T sum = step_sum(m0, x[i], e[i], c);
+    const T x_i = x[i], e_i = e[i];
+    const T m0 = clip_denoised(unclipped_denoised(x_i, e_i, c), c);
+    T sum = step_sum(m0, x_i, e_i, c);
     if constexpr (kNoise) sum = sum + c.z * z[i];
     if constexpr (kDenoised) denoised[i] = m0;
     next[i] = sum;
@@ -58,6 +59,13 @@ void for_chunks(int64_t rows, int64_t width, double cost, const F& f) {
   });
 }
 
+// Blocks exist for the copies made in them; rows that are read and written where they lie go in one stride.
+template <class T>
+bool lies_ready(const Rows& rows) {
+  constexpr ScalarType own = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+  return rows.data == nullptr || (rows.dtype == own && rows.dense());
+}
+
 struct StepInputs {
   const Tensor &sample, &model_output;
   const std::vector<Tensor>& history;
@@ -78,7 +86,8 @@ void step_compute(const StepInputs& inputs, const StepRows& table, bool by_sampl
   void* const next_data = next.mutable_data_ptr();
   void* const denoised_data = denoised ? denoised->mutable_data_ptr() : nullptr;
 
-  const double cost = inputs.addresses ? 1.5 : 0.4;
+  const bool direct = lies_ready<T>(x_rows) && lies_ready<T>(e_rows) && lies_ready<T>(z_rows) && h_rows.empty();
+  const double cost = inputs.addresses ? 1.0 : 0.2;
   for_chunks(x_rows.rows, x_rows.width, cost, [&](int64_t row, int64_t from, int64_t to) {
     const float* const coefficients = table.of(row);
     const auto c = StepCoefficients<T>::read(coefficients, static_cast<T>(low), static_cast<T>(high));
@@ -87,8 +96,9 @@ void step_compute(const StepInputs& inputs, const StepRows& table, bool by_sampl
                           : (noisy ? &step_rows<true, false, T> : &step_rows<false, false, T>);
     T x_block[kBlock], e_block[kBlock], z_block[kBlock], next_block[kBlock], denoised_block[kBlock];
     [[maybe_unused]] float normal[kBlock];
-    for (int64_t start = from; start < to; start += kBlock) {
-      const int64_t n = std::min(kBlock, to - start), at = row * x_rows.width + start;
+    const int64_t stride = direct && (inputs.noise || !noisy) ? kChunk : kBlock;
+    for (int64_t start = from; start < to; start += stride) {
+      const int64_t n = std::min(stride, to - start), at = row * x_rows.width + start;
       const T* x = read_block(x_rows, row, start, n, x_block);
       const T* e = read_block(e_rows, row, start, n, e_block);
       const T* z = z_block;
@@ -121,8 +131,7 @@ Tensor step(const Tensor& sample, const Tensor& model_output, const Tensor& coef
             int64_t seed, const std::optional<Tensor>& seeds, const std::optional<Tensor>& sample_ids, double low,
             double high, Tensor* denoised) {
   const Tensor table = contiguous_table(coefficients);
-  const StepRows rows =
-      step_rows_of(sample, coefficients, table, static_cast<int64_t>(history.size()), step, steps);
+  const StepRows rows = step_rows_of(sample, coefficients, table, static_cast<int64_t>(history.size()), step, steps);
   check_like_sample("model_output", model_output, sample);
   if (noise) check_like_sample("noise", *noise, sample);
   for (const Tensor& h : history) check_like_sample("history", h, sample);
@@ -161,9 +170,8 @@ std::tuple<Tensor, Tensor> diffusion_step_denoised(const Tensor& sample, const T
 
 template <class T>
 void step_backward_compute(const Tensor& sample, const Tensor& model_output, const StepRows& table, bool by_sample,
-                           double low, double high, const Tensor& grad_next,
-                           const std::optional<Tensor>& grad_denoised, Tensor& grad_sample,
-                           Tensor& grad_model_output) {
+                           double low, double high, const Tensor& grad_next, const std::optional<Tensor>& grad_denoised,
+                           Tensor& grad_sample, Tensor& grad_model_output) {
   const int64_t events = sample.dim() - (by_sample ? 1 : 0);
   const Rows x_rows(sample, events), e_rows(model_output, events), next_rows(grad_next, events);
   const Rows denoised_rows = grad_denoised ? Rows(*grad_denoised, events) : Rows();
@@ -202,8 +210,8 @@ std::tuple<Tensor, Tensor> diffusion_step_backward(const Tensor& sample, const T
   Tensor grad_model_output = empty_like_shape(sample, model_output.scalar_type());
   auto compute =
       sample.scalar_type() == ScalarType::Double ? &step_backward_compute<double> : &step_backward_compute<float>;
-  compute(sample, model_output, rows, per_sample(steps, std::nullopt), low, high, grad_next, grad_denoised,
-          grad_sample, grad_model_output);
+  compute(sample, model_output, rows, per_sample(steps, std::nullopt), low, high, grad_next, grad_denoised, grad_sample,
+          grad_model_output);
   return {grad_sample, grad_model_output};
 }
 
