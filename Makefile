@@ -45,7 +45,7 @@ sanitize: setup  ## the operator tests under AddressSanitizer and ThreadSanitize
 check: setup  ## formatting, lint and types: what pre-commit runs
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*.cu
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*.cu tests/*.cpp tests/simt/*.h tests/simt/*.cu
 	$(RUN) -m mypy
 
 bench: setup  ## time the operators against eager, torch.compile and the peers

@@ -46,14 +46,10 @@ PYGEN_CLONES void narrow_half(const float* __restrict from, int64_t n, uint16_t*
 void widen_rows(const BFloat16* from, int64_t n, float* to) {
   widen_bfloat16(reinterpret_cast<const uint16_t*>(from), n, to);
 }
-void widen_rows(const Half* from, int64_t n, float* to) {
-  widen_half(reinterpret_cast<const uint16_t*>(from), n, to);
-}
+void widen_rows(const Half* from, int64_t n, float* to) { widen_half(reinterpret_cast<const uint16_t*>(from), n, to); }
 void narrow_rows(const float* from, int64_t n, BFloat16* to) {
   narrow_bfloat16(from, n, reinterpret_cast<uint16_t*>(to));
 }
-void narrow_rows(const float* from, int64_t n, Half* to) {
-  narrow_half(from, n, reinterpret_cast<uint16_t*>(to));
-}
+void narrow_rows(const float* from, int64_t n, Half* to) { narrow_half(from, n, reinterpret_cast<uint16_t*>(to)); }
 
 }  // namespace pygen

@@ -21,7 +21,7 @@ struct AffineOptions {
 // One block: y[i] = x[i] s + t[i] (or its inverse), and the sum of log s.
 template <Activation A, bool kEpsilon, bool kInverse, class T>
 PYGEN_CLONES double affine_rows(const T* __restrict x, const T* __restrict raw_scale, const T* __restrict shift,
-                           T* __restrict y, int64_t n, AffineOptions<T> options) {
+                                T* __restrict y, int64_t n, AffineOptions<T> options) {
   double sum = 0;  // two conversions and two additions a vector: nothing beside the exponential
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) {
@@ -43,8 +43,7 @@ PYGEN_CLONES void affine_backward_rows(const T* __restrict x, const T* __restric
                                        const T* __restrict grad_output, T grad_ladj, T* __restrict grad_input,
                                        T* __restrict grad_raw_scale, int64_t n, AffineOptions<T> options) {
   for (int64_t i = 0; i < n; ++i) {
-    const ScaleSlope<T> scale =
-        affine_scale_slope<A>(raw_scale[i] + options.offset, options.limit, options.epsilon);
+    const ScaleSlope<T> scale = affine_scale_slope<A>(raw_scale[i] + options.offset, options.limit, options.epsilon);
     const AffineGradient<T> gradient = affine_gradient<kInverse>(x[i], scale, grad_output[i], grad_ladj);
     grad_input[i] = gradient.input;
     grad_raw_scale[i] = gradient.raw_scale;
@@ -117,8 +116,7 @@ void affine_compute(const Tensor& x, const OptionalTensor& raw_scale, const Opti
 
 template <bool kInverse>
 std::tuple<Tensor, Tensor> affine(const Tensor& x, const OptionalTensor& raw_scale, const OptionalTensor& shift,
-                                  int64_t activation, double limit, double offset, double epsilon,
-                                  int64_t event_dims) {
+                                  int64_t activation, double limit, double offset, double epsilon, int64_t event_dims) {
   check_affine(x, raw_scale, shift, activation, event_dims);
   Tensor y = empty_like_shape(x, x.scalar_type());
   Tensor ladj = empty_ladj(x, event_dims);
@@ -132,15 +130,15 @@ std::tuple<Tensor, Tensor> affine(const Tensor& x, const OptionalTensor& raw_sca
   return {y, ladj};
 }
 
-std::tuple<Tensor, Tensor> affine_forward(const Tensor& x, const OptionalTensor& raw_scale,
-                                          const OptionalTensor& shift, int64_t activation, double limit, double offset,
-                                          double epsilon, int64_t event_dims) {
+std::tuple<Tensor, Tensor> affine_forward(const Tensor& x, const OptionalTensor& raw_scale, const OptionalTensor& shift,
+                                          int64_t activation, double limit, double offset, double epsilon,
+                                          int64_t event_dims) {
   return affine<false>(x, raw_scale, shift, activation, limit, offset, epsilon, event_dims);
 }
 
-std::tuple<Tensor, Tensor> affine_inverse(const Tensor& y, const OptionalTensor& raw_scale,
-                                          const OptionalTensor& shift, int64_t activation, double limit, double offset,
-                                          double epsilon, int64_t event_dims) {
+std::tuple<Tensor, Tensor> affine_inverse(const Tensor& y, const OptionalTensor& raw_scale, const OptionalTensor& shift,
+                                          int64_t activation, double limit, double offset, double epsilon,
+                                          int64_t event_dims) {
   return affine<true>(y, raw_scale, shift, activation, limit, offset, epsilon, event_dims);
 }
 
@@ -154,8 +152,7 @@ void affine_backward_compute(const Tensor& x, const Tensor& raw_scale, const Ten
   const ScalarType input_dtype = grad_input.scalar_type(), raw_dtype = grad_raw_scale.scalar_type();
 
   void (*block)(const T*, const T*, const T*, T, T*, T*, int64_t, AffineOptions<T>) = nullptr;
-  for_activation(activation,
-                 [&](auto tag) { block = &affine_backward_rows<decltype(tag)::value, kInverse, T>; });
+  for_activation(activation, [&](auto tag) { block = &affine_backward_rows<decltype(tag)::value, kInverse, T>; });
 
   const int64_t chunks = std::max<int64_t>(1, (in.width + kChunk - 1) / kChunk);
   parallel(in.rows * chunks, 2 * std::min(in.width, kChunk) + 1, [&](int64_t begin, int64_t end) {

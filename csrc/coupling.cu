@@ -13,8 +13,8 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
-constexpr int64_t kWarpWidth = 2048;       // rows up to this width go to a warp each
-constexpr int64_t kChunk = 16 * 1024;      // elements of a longer row that one block takes
+constexpr int64_t kWarpWidth = 2048;   // rows up to this width go to a warp each
+constexpr int64_t kChunk = 16 * 1024;  // elements of a longer row that one block takes
 
 struct Output {
   void* data;
@@ -33,8 +33,7 @@ struct AffineArguments {
 // N elements of a row from position i; N = 1 takes any strides.
 template <int N, class T>
 __device__ __forceinline__ void read(const Rows& rows, int64_t row, int64_t i, T* to) {
-  load_vector<N>(rows.data, rows.dtype, rows.row_offset(row) + (N > 1 ? i : rows.event_offset(i)), N, true,
-                 to);
+  load_vector<N>(rows.data, rows.dtype, rows.row_offset(row) + (N > 1 ? i : rows.event_offset(i)), N, true, to);
 }
 
 // Whether every row lies dense and in whole vectors of N elements.
@@ -79,8 +78,7 @@ __device__ __forceinline__ double affine_stride(const AffineArguments<T>& argume
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       T log_s;
-      y_values[k] =
-          affine_element(x_values[k], raw_values[k], shift_values[k], additive, arguments, &log_s);
+      y_values[k] = affine_element(x_values[k], raw_values[k], shift_values[k], additive, arguments, &log_s);
       sum += log_s;
     }
     store_vector<N>(arguments.y.data, arguments.y.dtype, row * arguments.x.width + i, N, true, y_values);
@@ -92,8 +90,7 @@ template <int N, class T>
 __global__ void __launch_bounds__(kThreads) affine_warp_kernel(AffineArguments<T> arguments, T* ladj) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (row >= arguments.x.rows) return;
-  const double sum = warp_sum(affine_stride<N>(arguments, row, threadIdx.x % kWarp,
-                                                                       arguments.x.width, kWarp));
+  const double sum = warp_sum(affine_stride<N>(arguments, row, threadIdx.x % kWarp, arguments.x.width, kWarp));
   if (threadIdx.x % kWarp == 0) ladj[row] = static_cast<T>(sum);
 }
 
@@ -103,9 +100,8 @@ __global__ void __launch_bounds__(kThreads)
   SHARED(double, scratch, [32]);
   const int64_t row = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
   const int64_t to = min(arguments.x.width, (chunk + 1) * kChunk);
-  const double sum = block_sum(affine_stride<N>(
-                              arguments, row, chunk * (kChunk / N) + threadIdx.x, to, kThreads),
-                          scratch);
+  const double sum =
+      block_sum(affine_stride<N>(arguments, row, chunk * (kChunk / N) + threadIdx.x, to, kThreads), scratch);
   if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 
@@ -130,15 +126,13 @@ void launch_affine(const AffineArguments<T>& arguments, const Tensor& x, Tensor&
   const int64_t rows = arguments.x.rows, width = arguments.x.width;
   T* const sums = static_cast<T*>(ladj.mutable_data_ptr());
   if (width <= kWarpWidth) {
-    launch(affine_warp_kernel<N, T>, blocks_for(rows, kThreads / kWarp), kThreads, 0,
-           stream, arguments, sums);
+    launch(affine_warp_kernel<N, T>, blocks_for(rows, kThreads / kWarp), kThreads, 0, stream, arguments, sums);
     return;
   }
   const int64_t chunks = (width + kChunk - 1) / kChunk;
   const Tensor partial = torch::stable::new_empty(x, {rows * chunks}, ScalarType::Double);
   double* const partial_sums = static_cast<double*>(partial.mutable_data_ptr());
-  launch(affine_chunk_kernel<N, T>, blocks_for(rows * chunks, 1), kThreads, 0, stream,
-         arguments, chunks, partial_sums);
+  launch(affine_chunk_kernel<N, T>, blocks_for(rows * chunks, 1), kThreads, 0, stream, arguments, chunks, partial_sums);
   launch(add_chunks_kernel<T>, blocks_for(rows, kThreads), kThreads, 0, stream, partial_sums, chunks, rows, sums);
 }
 
@@ -154,9 +148,9 @@ void for_width(const Tensor& x, bool wide, bool four, F&& f) {
   }
 }
 
-std::tuple<Tensor, Tensor> affine(bool inverse, const Tensor& x, const OptionalTensor& raw_scale, const OptionalTensor& shift,
-                                  int64_t activation, double limit, double offset, double epsilon,
-                                  int64_t event_dims) {
+std::tuple<Tensor, Tensor> affine(bool inverse, const Tensor& x, const OptionalTensor& raw_scale,
+                                  const OptionalTensor& shift, int64_t activation, double limit, double offset,
+                                  double epsilon, int64_t event_dims) {
   check_affine(x, raw_scale, shift, activation, event_dims);
   Tensor y = empty_like_shape(x, x.scalar_type());
   Tensor ladj = empty_ladj(x, event_dims);
@@ -182,15 +176,15 @@ std::tuple<Tensor, Tensor> affine(bool inverse, const Tensor& x, const OptionalT
   return {y, ladj};
 }
 
-std::tuple<Tensor, Tensor> affine_forward(const Tensor& x, const OptionalTensor& raw_scale,
-                                          const OptionalTensor& shift, int64_t activation, double limit, double offset,
-                                          double epsilon, int64_t event_dims) {
+std::tuple<Tensor, Tensor> affine_forward(const Tensor& x, const OptionalTensor& raw_scale, const OptionalTensor& shift,
+                                          int64_t activation, double limit, double offset, double epsilon,
+                                          int64_t event_dims) {
   return affine(false, x, raw_scale, shift, activation, limit, offset, epsilon, event_dims);
 }
 
-std::tuple<Tensor, Tensor> affine_inverse(const Tensor& y, const OptionalTensor& raw_scale,
-                                          const OptionalTensor& shift, int64_t activation, double limit, double offset,
-                                          double epsilon, int64_t event_dims) {
+std::tuple<Tensor, Tensor> affine_inverse(const Tensor& y, const OptionalTensor& raw_scale, const OptionalTensor& shift,
+                                          int64_t activation, double limit, double offset, double epsilon,
+                                          int64_t event_dims) {
   return affine(true, y, raw_scale, shift, activation, limit, offset, epsilon, event_dims);
 }
 
@@ -218,11 +212,10 @@ __global__ void __launch_bounds__(kThreads) affine_backward_kernel(BackwardArgum
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       for_activation(arguments.activation, [&](auto tag) {
-        const auto scale = affine_scale_slope<decltype(tag)::value>(raw_values[k] + arguments.offset,
-                                                                    arguments.limit, arguments.epsilon);
-        const auto gradient = arguments.inverse
-                                  ? affine_gradient<true>(x_values[k], scale, grad_values[k], grad_ladj)
-                                  : affine_gradient<false>(x_values[k], scale, grad_values[k], grad_ladj);
+        const auto scale = affine_scale_slope<decltype(tag)::value>(raw_values[k] + arguments.offset, arguments.limit,
+                                                                    arguments.epsilon);
+        const auto gradient = arguments.inverse ? affine_gradient<true>(x_values[k], scale, grad_values[k], grad_ladj)
+                                                : affine_gradient<false>(x_values[k], scale, grad_values[k], grad_ladj);
         inputs[k] = gradient.input;
         raws[k] = gradient.raw_scale;
       });
@@ -237,8 +230,7 @@ void launch_backward(const BackwardArguments<T>& arguments, Stream stream) {
   const int64_t items = (arguments.x.rows * arguments.x.width + N - 1) / N;
   // A grid that fills any device a few times over; the kernel strides over the rest.
   const int64_t blocks = std::min<int64_t>((items + kThreads - 1) / kThreads, 1 << 16);
-  launch(affine_backward_kernel<N, T>, static_cast<unsigned>(blocks), kThreads, 0, stream,
-         arguments);
+  launch(affine_backward_kernel<N, T>, static_cast<unsigned>(blocks), kThreads, 0, stream, arguments);
 }
 
 std::tuple<Tensor, Tensor> affine_backward(const Tensor& x, const Tensor& raw_scale, const Tensor& grad_output,

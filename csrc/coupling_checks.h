@@ -13,8 +13,7 @@ inline void check_affine(const Tensor& x, const OptionalTensor& raw_scale, const
   check(is_floating(x.scalar_type()), "x has a dtype that is not supported: expected a floating dtype");
   check(activation >= 0 && activation < kActivations, "activation is ", activation, ", but expected 0 to ",
         kActivations - 1);
-  check(event_dims >= 0 && event_dims <= x.dim(), "event_dims is ", event_dims, ", but x has ", x.dim(),
-        " dimensions");
+  check(event_dims >= 0 && event_dims <= x.dim(), "event_dims is ", event_dims, ", but x has ", x.dim(), " dimensions");
   if (raw_scale) {
     check(same_shape(*raw_scale, x), "raw_scale has shape ", shape_of(*raw_scale), ", but expected ", shape_of(x));
     check(is_floating(raw_scale->scalar_type()), "raw_scale has a dtype that is not supported");

@@ -41,8 +41,8 @@ void launch_noise(const NoiseAddresses& addresses, int64_t rows, int64_t width, 
     const bool aligned = width % N == 0 && vector_aligned(data, out.scalar_type(), N);
     const int64_t items = rows * ((width + N - 1) / N);
     const int64_t blocks = std::min<int64_t>((items + kThreads - 1) / kThreads, kMaxBlocks);
-    launch(noise_kernel<S, Stored>, static_cast<unsigned>(blocks), kThreads, 0, stream, addresses, rows, width,
-           aligned, data);
+    launch(noise_kernel<S, Stored>, static_cast<unsigned>(blocks), kThreads, 0, stream, addresses, rows, width, aligned,
+           data);
   });
 }
 

@@ -1,5 +1,5 @@
-// The Python module pygen._runtime: build facts and thread control. It holds no tensors and links to no PyTorch; it finds
-// the operator library that Python has already loaded.
+// The Python module pygen._runtime: build facts and thread control. It holds no tensors and links to no PyTorch; it
+// finds the operator library that Python has already loaded.
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
 
@@ -50,7 +50,8 @@ py::dict build_facts() {
 
 PYBIND11_MODULE(_runtime, module) {
   module.doc() = "Build facts and thread control of pygen's operator libraries.";
-  module.def("build_facts", &build_facts, "What the libraries were built with, as strings; empty where it does not apply.");
+  module.def("build_facts", &build_facts,
+             "What the libraries were built with, as strings; empty where it does not apply.");
   module.def(
       "attach", [](const std::string& path) { operators().attach(path); }, py::arg("path"),
       "Find the CPU operator library, already loaded from `path`.");

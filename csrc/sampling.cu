@@ -295,8 +295,7 @@ std::tuple<Tensor, Tensor> sample_logits(Tensor logits, Tensor sample_ids, int64
     unsigned threads = kFewestThreads;
     while (threads < kMostThreads && threads * kPerThread < all.vocabulary) threads *= 2;
     const OnDevice device(logits.get_device_index());
-    launch(sample_kernel<Stored, T>, dim3(static_cast<unsigned>(rows)), dim3(threads), 0,
-           device.stream(), all);
+    launch(sample_kernel<Stored, T>, dim3(static_cast<unsigned>(rows)), dim3(threads), 0, device.stream(), all);
   });
   return {token, log_prob};
 }

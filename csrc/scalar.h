@@ -1,9 +1,9 @@
-// Scalar functions for host and device: exp, log, tanh, sigmoid, softplus, atan in float by branch-free polynomials that
-// the compiler vectorises, in double by the system's library. No torch here.
+// Scalar functions for host and device: exp, log, tanh, sigmoid, softplus, atan in float by branch-free polynomials
+// that the compiler vectorises, in double by the system's library. No torch here.
 //
-// The polynomials are weighted minimax fits (Lawson's iteration on a Chebyshev basis, in double, then rounded); the error
-// of each function over all floats is tested in tests/test_scalar.py. NaN in gives NaN out; infinities, overflow and
-// denormals follow the C functions, except that sigmoid flushes results below 2^-126 to zero.
+// The polynomials are weighted minimax fits (Lawson's iteration on a Chebyshev basis, in double, then rounded); the
+// error of each function over all floats is tested in tests/test_scalar.py. NaN in gives NaN out; infinities, overflow
+// and denormals follow the C functions, except that sigmoid flushes results below 2^-126 to zero.
 #pragma once
 
 #include <cmath>

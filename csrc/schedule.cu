@@ -1,7 +1,7 @@
 // A solver step on CUDA: a thread takes N neighbouring elements of a sample, 16 bytes of it at a time where all tensors
 // are aligned, and makes their noise itself: two blocks of Philox cost less than reading it from memory. Any mixture of
-// dtypes is read as stored; tensors that are not contiguous are copied first. The table and the step stay on the device.
-// Built with -fmad=false, as noise.cu is.
+// dtypes is read as stored; tensors that are not contiguous are copied first. The table and the step stay on the
+// device. Built with -fmad=false, as noise.cu is.
 #include "schedule.h"
 
 #include "noise.h"

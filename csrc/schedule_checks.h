@@ -24,15 +24,14 @@ inline StepRows step_rows_of(const Tensor& sample, const Tensor& coefficients, c
         "coefficients has shape ", shape_of(coefficients), ", but expected (steps, ", kSolverCoefficients + history,
         "), for ", history, " tensors of history");
   check(same_device(coefficients, sample), "coefficients is on another device than sample");
-  StepRows rows{static_cast<const float*>(table.data_ptr()), coefficients.size(0), coefficients.size(1), nullptr, 0,
-                step};
+  StepRows rows{
+      static_cast<const float*>(table.data_ptr()), coefficients.size(0), coefficients.size(1), nullptr, 0, step};
   if (steps) {
     check_per_row("step", *steps, sample, sample.size(0));
     rows.indices = static_cast<const int64_t*>(steps->data_ptr());
     rows.index_stride = row_stride(*steps);
   } else {
-    check(step >= 0 && step < rows.steps, "step is ", step, ", but expected a row of the table, 0 .. ",
-          rows.steps - 1);
+    check(step >= 0 && step < rows.steps, "step is ", step, ", but expected a row of the table, 0 .. ", rows.steps - 1);
   }
   return rows;
 }

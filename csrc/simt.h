@@ -49,15 +49,13 @@ __device__ __forceinline__ T* dynamic_shared() {
 }
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-            Stream stream, const Arguments&... arguments) {
-  static_assert(sizeof...(Parameters) == sizeof...(Arguments),
-                "launch: one argument for each parameter of the kernel");
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
+            const Arguments&... arguments) {
+  static_assert(sizeof...(Parameters) == sizeof...(Arguments), "launch: one argument for each parameter of the kernel");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   if (shared_bytes > 48 * 1024) {
     STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(shared_bytes)));
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
   }
   kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -72,12 +70,11 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
 #define PYGEN_CUDA_NAMESPACE pygen_simt
 #define PYGEN_CUDA_KEY CPU
 
-#define SHARED(T, name, ...)                                              \
-  using name##_shared_type = T __VA_ARGS__;                               \
-  static char name##_shared_key;                                          \
-  name##_shared_type& name =                                              \
-      *static_cast<name##_shared_type*>(::pygen::simt::static_shared(     \
-          &name##_shared_key, sizeof(name##_shared_type), alignof(name##_shared_type)))
+#define SHARED(T, name, ...)                                    \
+  using name##_shared_type = T __VA_ARGS__;                     \
+  static char name##_shared_key;                                \
+  name##_shared_type& name = *static_cast<name##_shared_type*>( \
+      ::pygen::simt::static_shared(&name##_shared_key, sizeof(name##_shared_type), alignof(name##_shared_type)))
 
 namespace pygen {
 
@@ -96,12 +93,10 @@ T* dynamic_shared() {
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Stream,
             const Arguments&... arguments) {
-  static_assert(sizeof...(Parameters) == sizeof...(Arguments),
-                "launch: one argument for each parameter of the kernel");
+  static_assert(sizeof...(Parameters) == sizeof...(Arguments), "launch: one argument for each parameter of the kernel");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   auto call = [&] { kernel(static_cast<Parameters>(arguments)...); };
-  simt::run_grid([](void* body) { (*static_cast<decltype(call)*>(body))(); }, &call, grid, block,
-                 shared_bytes);
+  simt::run_grid([](void* body) { (*static_cast<decltype(call)*>(body))(); }, &call, grid, block, shared_bytes);
 }
 
 }  // namespace pygen
@@ -132,9 +127,7 @@ __device__ __forceinline__ int thread_rank() {
   return static_cast<int>(threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z));
 }
 
-__device__ __forceinline__ int block_size() {
-  return static_cast<int>(blockDim.x * blockDim.y * blockDim.z);
-}
+__device__ __forceinline__ int block_size() { return static_cast<int>(blockDim.x * blockDim.y * blockDim.z); }
 
 // The block is a multiple of 32 threads, all of which call; scratch is 32 elements of shared
 // memory, and may be that of an earlier call. Every thread gets the result, bit for bit the same.

@@ -51,17 +51,16 @@ class Scheduler {
     return scheduler;
   }
 
-  PYGEN_SIMT_UNSEEN void run_grid(void (*call)(void*), void* body, dim3 grid, dim3 block,
-                                  size_t shared_bytes);
+  PYGEN_SIMT_UNSEEN void run_grid(void (*call)(void*), void* body, dim3 grid, dim3 block, size_t shared_bytes);
   PYGEN_SIMT_UNSEEN unsigned wait_for_block(Operation operation, bool predicate, Place place);
-  PYGEN_SIMT_UNSEEN uint64_t wait_for_warp(Operation operation, unsigned mask, int source_lane,
-                                           uint64_t sent, Place place);
+  PYGEN_SIMT_UNSEEN uint64_t wait_for_warp(Operation operation, unsigned mask, int source_lane, uint64_t sent,
+                                           Place place);
   PYGEN_SIMT_UNSEEN void* static_shared(const void* key, size_t bytes, size_t alignment);
   PYGEN_SIMT_UNSEEN void* dynamic_shared() { return shared_.dynamic(); }
   PYGEN_SIMT_UNSEEN int lane() const { return static_cast<int>(current_ - threads_) % 32; }
   PYGEN_SIMT_UNSEEN void record_bad_width(int width, Place place) {
-    record("%s shuffles at %s:%u with width %d, which is not a power of two up to 32",
-           name(*current_).text, place.file_name(), place.line(), width);
+    record("%s shuffles at %s:%u with width %d, which is not a power of two up to 32", name(*current_).text,
+           place.file_name(), place.line(), width);
   }
 
  private:
@@ -103,8 +102,7 @@ class Scheduler {
   char fault_[1024] = "";
 };
 
-inline void Scheduler::run_grid(void (*call)(void*), void* body, dim3 grid, dim3 block,
-                                size_t shared_bytes) {
+inline void Scheduler::run_grid(void (*call)(void*), void* body, dim3 grid, dim3 block, size_t shared_bytes) {
   call_ = call;
   body_ = body;
   descending_ = descending_order();
@@ -122,8 +120,7 @@ inline void Scheduler::run_grid(void (*call)(void*), void* body, dim3 grid, dim3
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   for (uint64_t i = 0; i < blocks && fault_[0] == '\0'; ++i) {
     const uint64_t rank = descending_ ? blocks - 1 - i : i;
-    blockIdx = {static_cast<unsigned>(rank % grid.x),
-                static_cast<unsigned>(rank / grid.x % grid.y),
+    blockIdx = {static_cast<unsigned>(rank % grid.x), static_cast<unsigned>(rank / grid.x % grid.y),
                 static_cast<unsigned>(rank / (uint64_t{grid.x} * grid.y))};
     const int set = static_cast<int>(i % kFiberSets);
     make_fibers(set, thread_count_);
@@ -209,9 +206,8 @@ inline void Scheduler::release_warp_if_met(int warp, unsigned mask) {
   for (unsigned left = group; left != 0; left &= left - 1) {
     Thread& thread = lanes[std::countr_zero(left)];
     if (thread.operation != first.operation) {
-      record("%s and %s meet in different warp operations, at %s:%u and %s:%u", name(first).text,
-             name(thread).text, first.place.file_name(), first.place.line(),
-             thread.place.file_name(), thread.place.line());
+      record("%s and %s meet in different warp operations, at %s:%u and %s:%u", name(first).text, name(thread).text,
+             first.place.file_name(), first.place.line(), thread.place.file_name(), thread.place.line());
     }
     thread.received = votes;
     if (thread.operation == Operation::kShuffle) {
@@ -221,11 +217,11 @@ inline void Scheduler::release_warp_if_met(int warp, unsigned mask) {
       if (source >= 0 && source < 32 && (group >> source & 1) != 0) {
         thread.received = lanes[source].sent;
       } else {
-        record("%s shuffles at %s:%u from lane %d, which %s", name(thread).text,
-               thread.place.file_name(), thread.place.line(), source,
-               source < 0 || source > 31       ? "does not exist"
+        record("%s shuffles at %s:%u from lane %d, which %s", name(thread).text, thread.place.file_name(),
+               thread.place.line(), source,
+               source < 0 || source > 31     ? "does not exist"
                : (w.live >> source & 1) == 0 ? "has exited or never was"
-                                               : "its mask does not name");
+                                             : "its mask does not name");
       }
     }
     thread.state = State::kReady;
@@ -249,9 +245,8 @@ inline void Scheduler::release_block() {
     if (first == nullptr) first = &thread;
     if (thread.operation != first->operation || thread.place.line() != first->place.line() ||
         strcmp(thread.place.file_name(), first->place.file_name()) != 0) {
-      record("%s and %s stand at different block barriers, at %s:%u and %s:%u", name(*first).text,
-             name(thread).text, first->place.file_name(), first->place.line(),
-             thread.place.file_name(), thread.place.line());
+      record("%s and %s stand at different block barriers, at %s:%u and %s:%u", name(*first).text, name(thread).text,
+             first->place.file_name(), first->place.line(), thread.place.file_name(), thread.place.line());
     }
     thread.state = State::kReady;
     thread.meeting = meeting;
@@ -274,13 +269,13 @@ inline void Scheduler::record_deadlock() {
       const Thread& other = threads_[i / 32 * 32 + std::countr_zero(left)];
       if (other.state == State::kAtWarp && other.mask == thread.mask) continue;
       if (other.state == State::kAtBlock) {
-        record("%s waits at %s:%u (mask 0x%08x) for %s, which stands at a block barrier at %s:%u",
-               name(thread).text, thread.place.file_name(), thread.place.line(), thread.mask,
-               name(other).text, other.place.file_name(), other.place.line());
+        record("%s waits at %s:%u (mask 0x%08x) for %s, which stands at a block barrier at %s:%u", name(thread).text,
+               thread.place.file_name(), thread.place.line(), thread.mask, name(other).text, other.place.file_name(),
+               other.place.line());
       } else {
-        record("%s waits at %s:%u with mask 0x%08x for %s, which waits at %s:%u with mask 0x%08x",
-               name(thread).text, thread.place.file_name(), thread.place.line(), thread.mask,
-               name(other).text, other.place.file_name(), other.place.line(), other.mask);
+        record("%s waits at %s:%u with mask 0x%08x for %s, which waits at %s:%u with mask 0x%08x", name(thread).text,
+               thread.place.file_name(), thread.place.line(), thread.mask, name(other).text, other.place.file_name(),
+               other.place.line(), other.mask);
       }
       return;
     }
@@ -298,13 +293,13 @@ inline unsigned Scheduler::wait_for_block(Operation operation, bool predicate, P
   return barrier_count_;
 }
 
-inline uint64_t Scheduler::wait_for_warp(Operation operation, unsigned mask, int source_lane,
-                                         uint64_t sent, Place place) {
+inline uint64_t Scheduler::wait_for_warp(Operation operation, unsigned mask, int source_lane, uint64_t sent,
+                                         Place place) {
   Thread& thread = *current_;
   const int own = lane();
   if ((mask >> own & 1) == 0) {
-    record("%s calls a warp operation at %s:%u with mask 0x%08x, which does not name its own lane",
-           name(thread).text, place.file_name(), place.line(), mask);
+    record("%s calls a warp operation at %s:%u with mask 0x%08x, which does not name its own lane", name(thread).text,
+           place.file_name(), place.line(), mask);
     return sent;
   }
   thread.operation = operation;
@@ -383,9 +378,10 @@ inline void Scheduler::drop_fibers() {
 inline void* Scheduler::static_shared(const void* key, size_t bytes, size_t alignment) {
   void* memory = shared_.array(key, bytes, alignment);
   if (shared_.over_limit()) {
-    record("%zu bytes of static and %zu of dynamic shared memory, expected at most %zu of static "
-           "and %zu of both",
-           shared_.static_bytes(), shared_.dynamic_bytes(), kMaxStaticShared, kMaxShared);
+    record(
+        "%zu bytes of static and %zu of dynamic shared memory, expected at most %zu of static "
+        "and %zu of both",
+        shared_.static_bytes(), shared_.dynamic_bytes(), kMaxStaticShared, kMaxShared);
   }
   return memory;
 }
@@ -402,8 +398,8 @@ inline void Scheduler::record(const char* format, ...) {
 
 inline Scheduler::Name Scheduler::name(const Thread& thread) const {
   Name name;
-  snprintf(name.text, sizeof(name.text), "thread (%u, %u, %u) of block (%u, %u, %u)",
-           thread.index.x, thread.index.y, thread.index.z, blockIdx.x, blockIdx.y, blockIdx.z);
+  snprintf(name.text, sizeof(name.text), "thread (%u, %u, %u) of block (%u, %u, %u)", thread.index.x, thread.index.y,
+           thread.index.z, blockIdx.x, blockIdx.y, blockIdx.z);
   return name;
 }
 
@@ -416,14 +412,11 @@ inline unsigned wait_for_block(Operation operation, bool predicate, Place place)
   return Scheduler::of_this_thread().wait_for_block(operation, predicate, place);
 }
 
-inline uint64_t wait_for_warp(Operation operation, unsigned mask, int source_lane, uint64_t sent,
-                              Place place) {
+inline uint64_t wait_for_warp(Operation operation, unsigned mask, int source_lane, uint64_t sent, Place place) {
   return Scheduler::of_this_thread().wait_for_warp(operation, mask, source_lane, sent, place);
 }
 
-inline void record_bad_width(int width, Place place) {
-  Scheduler::of_this_thread().record_bad_width(width, place);
-}
+inline void record_bad_width(int width, Place place) { Scheduler::of_this_thread().record_bad_width(width, place); }
 
 inline int lane_index() { return Scheduler::of_this_thread().lane(); }
 

@@ -19,12 +19,12 @@
 #define __align__(bytes) alignas(bytes)
 
 // CUDA's alignment, so that a misaligned vector load is undefined behaviour here as it is there.
-#define PYGEN_VECTOR_TYPES(T, name)                                           \
-  struct alignas(2 * sizeof(T)) name##2 { T x, y; };                                  \
-  struct name##3 { T x, y, z; };                                                      \
-  struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) name##4 { T x, y, z, w; };  \
-  constexpr name##2 make_##name##2(T x, T y) { return {x, y}; }                       \
-  constexpr name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; }               \
+#define PYGEN_VECTOR_TYPES(T, name)                                                  \
+  struct alignas(2 * sizeof(T)) name##2 { T x, y; };                                 \
+  struct name##3 { T x, y, z; };                                                     \
+  struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) name##4 { T x, y, z, w; }; \
+  constexpr name##2 make_##name##2(T x, T y) { return {x, y}; }                      \
+  constexpr name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; }              \
   constexpr name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 
 PYGEN_VECTOR_TYPES(signed char, char)
@@ -66,8 +66,7 @@ enum class Operation : uint8_t {
 
 // Both stop the calling thread until all who must meet it have come.
 unsigned wait_for_block(Operation operation, bool predicate, Place place);
-uint64_t wait_for_warp(Operation operation, unsigned mask, int source_lane, uint64_t sent,
-                       Place place);
+uint64_t wait_for_warp(Operation operation, unsigned mask, int source_lane, uint64_t sent, Place place);
 void record_bad_width(int width, Place place);
 int lane_index();
 
@@ -102,8 +101,7 @@ inline int __syncthreads_and(int predicate, PYGEN_PLACE) {
 }
 inline int __syncthreads_count(int predicate, PYGEN_PLACE) {
   using pygen::simt::Operation;
-  return static_cast<int>(
-      pygen::simt::wait_for_block(Operation::kSyncthreadsCount, predicate != 0, place));
+  return static_cast<int>(pygen::simt::wait_for_block(Operation::kSyncthreadsCount, predicate != 0, place));
 }
 inline void __syncwarp(unsigned mask = ~0u, PYGEN_PLACE) {
   pygen::simt::wait_for_warp(pygen::simt::Operation::kSyncwarp, mask, 0, 0, place);
@@ -114,39 +112,33 @@ inline void __threadfence_block() { __atomic_signal_fence(__ATOMIC_SEQ_CST); }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, PYGEN_PLACE) {
   using pygen::simt::Operation;
-  return static_cast<unsigned>(
-      pygen::simt::wait_for_warp(Operation::kVote, mask, 0, predicate != 0, place));
+  return static_cast<unsigned>(pygen::simt::wait_for_warp(Operation::kVote, mask, 0, predicate != 0, place));
 }
-inline int __any_sync(unsigned mask, int predicate, PYGEN_PLACE) {
-  return __ballot_sync(mask, predicate, place) != 0;
-}
+inline int __any_sync(unsigned mask, int predicate, PYGEN_PLACE) { return __ballot_sync(mask, predicate, place) != 0; }
 inline int __all_sync(unsigned mask, int predicate, PYGEN_PLACE) {
   return __ballot_sync(mask, predicate == 0, place) == 0;
 }
 
 // A lane that would read outside its segment keeps its own value.
-#define PYGEN_SHUFFLES(T)                                                                   \
-  inline T __shfl_sync(unsigned mask, T value, int source, int width = 32, PYGEN_PLACE) {   \
-    const int begin = pygen::simt::segment_begin(width, place);                             \
-    return pygen::simt::shuffle(mask, value, begin + (source & (width - 1)), place);        \
-  }                                                                                         \
-  inline T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,           \
-                          PYGEN_PLACE) {                                                    \
-    const int begin = pygen::simt::segment_begin(width, place);                             \
-    const int lane = pygen::simt::lane_index(), source = lane - static_cast<int>(delta);    \
-    return pygen::simt::shuffle(mask, value, source < begin ? lane : source, place);        \
-  }                                                                                         \
-  inline T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,         \
-                            PYGEN_PLACE) {                                                  \
-    const int end = pygen::simt::segment_begin(width, place) + width;                       \
-    const int lane = pygen::simt::lane_index(), source = lane + static_cast<int>(delta);    \
-    return pygen::simt::shuffle(mask, value, source >= end ? lane : source, place);         \
-  }                                                                                         \
-  inline T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32,           \
-                           PYGEN_PLACE) {                                                   \
-    const int end = pygen::simt::segment_begin(width, place) + width;                       \
-    const int lane = pygen::simt::lane_index(), source = lane ^ lane_mask;                  \
-    return pygen::simt::shuffle(mask, value, source >= end ? lane : source, place);         \
+#define PYGEN_SHUFFLES(T)                                                                          \
+  inline T __shfl_sync(unsigned mask, T value, int source, int width = 32, PYGEN_PLACE) {          \
+    const int begin = pygen::simt::segment_begin(width, place);                                    \
+    return pygen::simt::shuffle(mask, value, begin + (source & (width - 1)), place);               \
+  }                                                                                                \
+  inline T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, PYGEN_PLACE) {   \
+    const int begin = pygen::simt::segment_begin(width, place);                                    \
+    const int lane = pygen::simt::lane_index(), source = lane - static_cast<int>(delta);           \
+    return pygen::simt::shuffle(mask, value, source < begin ? lane : source, place);               \
+  }                                                                                                \
+  inline T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, PYGEN_PLACE) { \
+    const int end = pygen::simt::segment_begin(width, place) + width;                              \
+    const int lane = pygen::simt::lane_index(), source = lane + static_cast<int>(delta);           \
+    return pygen::simt::shuffle(mask, value, source >= end ? lane : source, place);                \
+  }                                                                                                \
+  inline T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, PYGEN_PLACE) {   \
+    const int end = pygen::simt::segment_begin(width, place) + width;                              \
+    const int lane = pygen::simt::lane_index(), source = lane ^ lane_mask;                         \
+    return pygen::simt::shuffle(mask, value, source >= end ? lane : source, place);                \
   }
 PYGEN_SHUFFLES(int)
 PYGEN_SHUFFLES(unsigned)
@@ -161,40 +153,29 @@ PYGEN_SHUFFLES(double)
 
 // Stronger than CUDA's relaxed order: ThreadSanitizer does not understand __threadfence, and would
 // take the usual "last block finishes the sum" for a race.
-#define PYGEN_ATOMICS(T)                                                           \
-  inline T atomicAdd(T* address, T value) {                                        \
-    return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);                   \
-  }                                                                                \
-  inline T atomicSub(T* address, T value) {                                        \
-    return __atomic_fetch_sub(address, value, __ATOMIC_ACQ_REL);                   \
-  }                                                                                \
-  inline T atomicExch(T* address, T value) {                                       \
-    return __atomic_exchange_n(address, value, __ATOMIC_ACQ_REL);                  \
-  }                                                                                \
-  inline T atomicAnd(T* address, T value) {                                        \
-    return __atomic_fetch_and(address, value, __ATOMIC_ACQ_REL);                   \
-  }                                                                                \
-  inline T atomicOr(T* address, T value) {                                         \
-    return __atomic_fetch_or(address, value, __ATOMIC_ACQ_REL);                    \
-  }                                                                                \
-  inline T atomicCAS(T* address, T expected, T value) {                            \
-    __atomic_compare_exchange_n(address, &expected, value, false, __ATOMIC_ACQ_REL, \
-                                __ATOMIC_ACQUIRE);                                 \
-    return expected;                                                               \
-  }                                                                                \
-  inline T atomicMax(T* address, T value) {                                        \
-    T seen = __atomic_load_n(address, __ATOMIC_ACQUIRE);                           \
-    while (!__atomic_compare_exchange_n(address, &seen, seen < value ? value : seen, \
-                                        false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) { \
-    }                                                                              \
-    return seen;                                                                   \
-  }                                                                                \
-  inline T atomicMin(T* address, T value) {                                        \
-    T seen = __atomic_load_n(address, __ATOMIC_ACQUIRE);                           \
-    while (!__atomic_compare_exchange_n(address, &seen, value < seen ? value : seen, \
-                                        false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) { \
-    }                                                                              \
-    return seen;                                                                   \
+#define PYGEN_ATOMICS(T)                                                                                      \
+  inline T atomicAdd(T* address, T value) { return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL); }    \
+  inline T atomicSub(T* address, T value) { return __atomic_fetch_sub(address, value, __ATOMIC_ACQ_REL); }    \
+  inline T atomicExch(T* address, T value) { return __atomic_exchange_n(address, value, __ATOMIC_ACQ_REL); }  \
+  inline T atomicAnd(T* address, T value) { return __atomic_fetch_and(address, value, __ATOMIC_ACQ_REL); }    \
+  inline T atomicOr(T* address, T value) { return __atomic_fetch_or(address, value, __ATOMIC_ACQ_REL); }      \
+  inline T atomicCAS(T* address, T expected, T value) {                                                       \
+    __atomic_compare_exchange_n(address, &expected, value, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);        \
+    return expected;                                                                                          \
+  }                                                                                                           \
+  inline T atomicMax(T* address, T value) {                                                                   \
+    T seen = __atomic_load_n(address, __ATOMIC_ACQUIRE);                                                      \
+    while (!__atomic_compare_exchange_n(address, &seen, seen < value ? value : seen, false, __ATOMIC_ACQ_REL, \
+                                        __ATOMIC_ACQUIRE)) {                                                  \
+    }                                                                                                         \
+    return seen;                                                                                              \
+  }                                                                                                           \
+  inline T atomicMin(T* address, T value) {                                                                   \
+    T seen = __atomic_load_n(address, __ATOMIC_ACQUIRE);                                                      \
+    while (!__atomic_compare_exchange_n(address, &seen, value < seen ? value : seen, false, __ATOMIC_ACQ_REL, \
+                                        __ATOMIC_ACQUIRE)) {                                                  \
+    }                                                                                                         \
+    return seen;                                                                                              \
   }
 PYGEN_ATOMICS(int)
 PYGEN_ATOMICS(unsigned)
@@ -205,11 +186,17 @@ float atomicAdd(float*, float) = delete;
 double atomicAdd(double*, double) = delete;
 
 template <class T>
-T __ldg(const T* address) { return *address; }
+T __ldg(const T* address) {
+  return *address;
+}
 template <class T>
-T __ldcs(const T* address) { return *address; }
+T __ldcs(const T* address) {
+  return *address;
+}
 template <class T>
-void __stcs(T* address, T value) { *address = value; }
+void __stcs(T* address, T value) {
+  *address = value;
+}
 
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __popcll(unsigned long long x) { return std::popcount(x); }
@@ -217,9 +204,7 @@ inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
 inline int __clzll(long long x) { return std::countl_zero(static_cast<unsigned long long>(x)); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
-inline unsigned __umulhi(unsigned a, unsigned b) {
-  return static_cast<unsigned>((static_cast<uint64_t>(a) * b) >> 32);
-}
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((static_cast<uint64_t>(a) * b) >> 32); }
 inline int __mulhi(int a, int b) { return static_cast<int>((static_cast<int64_t>(a) * b) >> 32); }
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
   return static_cast<unsigned long long>((static_cast<pygen::simt::uint128>(a) * b) >> 64);
@@ -241,8 +226,8 @@ inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
 
 // Plain overloads, not a template: mixed arguments convert as they do in CUDA. Like fmin and fmax,
 // the floating-point ones drop a NaN.
-#define PYGEN_MIN_MAX(T)                                       \
-  constexpr T min(T a, T b) { return b < a ? b : a; }          \
+#define PYGEN_MIN_MAX(T)                              \
+  constexpr T min(T a, T b) { return b < a ? b : a; } \
   constexpr T max(T a, T b) { return a < b ? b : a; }
 PYGEN_MIN_MAX(int)
 PYGEN_MIN_MAX(unsigned)

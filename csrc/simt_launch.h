@@ -19,16 +19,13 @@ inline void check_limits(dim3 grid, dim3 block, size_t shared_bytes) {
   char text[200] = "";
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (threads == 0 || threads > kMaxThreads || block.z > 64) {
-    snprintf(text, sizeof(text),
-             "launch: block is (%u, %u, %u), expected 1 to 1024 threads and z up to 64", block.x,
+    snprintf(text, sizeof(text), "launch: block is (%u, %u, %u), expected 1 to 1024 threads and z up to 64", block.x,
              block.y, block.z);
   } else if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
-    snprintf(text, sizeof(text),
-             "launch: grid is (%u, %u, %u), expected x up to 2147483647, y and z up to 65535",
+    snprintf(text, sizeof(text), "launch: grid is (%u, %u, %u), expected x up to 2147483647, y and z up to 65535",
              grid.x, grid.y, grid.z);
   } else if (shared_bytes > kMaxShared) {
-    snprintf(text, sizeof(text), "launch: %zu bytes of shared memory, expected %zu at most",
-             shared_bytes, kMaxShared);
+    snprintf(text, sizeof(text), "launch: %zu bytes of shared memory, expected %zu at most", shared_bytes, kMaxShared);
   }
   if (text[0] != '\0') throw std::runtime_error(text);
 }
@@ -37,8 +34,7 @@ inline bool descending_order() {
   const char* order = getenv("PYGEN_SIMT_ORDER");
   if (order == nullptr || strcmp(order, "ascending") == 0) return false;
   if (strcmp(order, "descending") == 0) return true;
-  throw std::runtime_error(std::string("PYGEN_SIMT_ORDER is '") + order +
-                           "', expected ascending or descending");
+  throw std::runtime_error(std::string("PYGEN_SIMT_ORDER is '") + order + "', expected ascending or descending");
 }
 
 // Heap blocks, each of its exact size, so that AddressSanitizer guards both ends of every array (it

@@ -68,8 +68,7 @@ class SyncWords {
  public:
   PYGEN_SIMT_UNSEEN void begin_block(int threads, int) {
     threads_ = threads;
-    words_ = static_cast<uint64_t*>(
-        calloc(static_cast<size_t>(threads + kRing * (kGroups + 1)), sizeof(uint64_t)));
+    words_ = static_cast<uint64_t*>(calloc(static_cast<size_t>(threads + kRing * (kGroups + 1)), sizeof(uint64_t)));
     memset(next_, 0, sizeof(next_));
   }
   PYGEN_SIMT_UNSEEN void end_block() { free(words_); }
@@ -160,9 +159,7 @@ struct SanitizerFiber {
     __sanitizer_start_switch_fiber(&fake_stack, to.bottom, to.size);
   }
   // The scheduler learns its own bounds here, as what the fiber it resumed came from.
-  void arrive() {
-    __sanitizer_finish_switch_fiber(fake_stack, &came_from->bottom, &came_from->size);
-  }
+  void arrive() { __sanitizer_finish_switch_fiber(fake_stack, &came_from->bottom, &came_from->size); }
 };
 
 #else

@@ -40,9 +40,7 @@ PYGEN_SIMT_UNSEEN __attribute__((noinline)) inline void switch_fiber(Fiber& from
 
 // The builtins, not _setjmp and _longjmp: with _FORTIFY_SOURCE those check that a jump goes up one
 // and the same stack, and abort.
-[[noreturn]] __attribute__((noinline)) inline void jump_to(void** buffer) {
-  __builtin_longjmp(buffer, 1);
-}
+[[noreturn]] __attribute__((noinline)) inline void jump_to(void** buffer) { __builtin_longjmp(buffer, 1); }
 
 // About five times as fast as the other, which asks the kernel for the signal mask.
 __attribute__((noinline)) inline void switch_fiber(Fiber& from, Fiber& to) {
@@ -56,8 +54,8 @@ __attribute__((noinline)) inline void switch_fiber(Fiber& from, Fiber& to) {
 
 PYGEN_SIMT_UNSEEN inline void make_fiber(Fiber& fiber, void (*entry)()) {
   const size_t guard = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  void* memory = mmap(nullptr, guard + kStackBytes, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* memory =
+      mmap(nullptr, guard + kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   mprotect(memory, guard, PROT_NONE);
   fiber.stack = static_cast<char*>(memory) + guard;

@@ -1,5 +1,5 @@
-// What every operator needs of PyTorch's stable ABI: one-sentence checks, dtype dispatch, reading rows of any stride and
-// dtype in blocks, and threads that wake only for work worth their while.
+// What every operator needs of PyTorch's stable ABI: one-sentence checks, dtype dispatch, reading rows of any stride
+// and dtype in blocks, and threads that wake only for work worth their while.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -90,7 +90,7 @@ struct Rows {
   ScalarType dtype = ScalarType::Float;
   int64_t rows = 1, width = 1;
   int row_dims = 0, event_dims = 0;
-  int64_t row_sizes[kMaxDims], row_strides[kMaxDims];        // outermost first
+  int64_t row_sizes[kMaxDims], row_strides[kMaxDims];  // outermost first
   int64_t event_sizes[kMaxDims], event_strides[kMaxDims];
 
   Rows() = default;

@@ -53,8 +53,8 @@ __device__ __forceinline__ void store_vector_as(void* data, int64_t at, int coun
   }
 }
 
-// The dtype is chosen at run time: it is the same for all threads, so the branch costs nothing beside the memory traffic,
-// and a kernel is compiled once instead of once for every mixture of dtypes.
+// The dtype is chosen at run time: it is the same for all threads, so the branch costs nothing beside the memory
+// traffic, and a kernel is compiled once instead of once for every mixture of dtypes.
 template <int N, class T>
 __device__ __forceinline__ void load_vector(const void* data, ScalarType dtype, int64_t at, int count, bool aligned,
                                             T* to) {

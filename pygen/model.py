@@ -145,9 +145,7 @@ class GenerativeModel(nn.Module):
         return {self.PLAYERS[0]: list(self.parameters())}
 
     @abstractmethod
-    def loss(
-        self, x: Tensor, *, player: str = "model", condition: Tensor | None = None
-    ) -> Tensor:
+    def loss(self, x: Tensor, *, player: str = "model", condition: Tensor | None = None) -> Tensor:
         """The scalar that `player` descends on, for a batch of pictures; noise comes from PyTorch's generator."""
 
     def config_dict(self) -> dict[str, Any]:
@@ -186,9 +184,7 @@ class GenerativeModel(nn.Module):
                 )
             return None
         if classes is None:
-            raise ValueError(
-                f"condition was given, but {type(self).__name__} was built without classes (classes=None)"
-            )
+            raise ValueError(f"condition was given, but {type(self).__name__} was built without classes (classes=None)")
         if condition.shape != (n,):
             raise ValueError(f"condition has shape {tuple(condition.shape)}, but expected ({n},)")
         # What the host can read is checked; on a GPU, reading would wait for the device.

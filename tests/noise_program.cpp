@@ -27,8 +27,7 @@ int main(int count, char** arguments) {
   } else if (what == "normal" || what == "wide") {
     std::vector<float> values(4 * n[4]);
     constexpr auto kNormal = pygen::NoiseStream::kNormal;
-    auto blocks =
-        what == "wide" ? &pygen::noise_blocks<kNormal, uint64_t> : &pygen::noise_blocks<kNormal, uint32_t>;
+    auto blocks = what == "wide" ? &pygen::noise_blocks<kNormal, uint64_t> : &pygen::noise_blocks<kNormal, uint32_t>;
     blocks(n[0], n[1], n[2], word(3), static_cast<int64_t>(n[4]), values.data());
     for (size_t i = 0; i < values.size(); ++i) {
       std::printf("%08x%c", pygen::scalar::bits_of(values[i]), i % 4 == 3 ? '\n' : ' ');

@@ -19,7 +19,6 @@ from pygen.model import Density, GenerativeModel, ModelConfig, Stage, refuse_ste
 from pygen.nn.residual import ResidualDecoder, ResidualEncoder, activate, widen
 
 
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GANConfig(ModelConfig):
     """A GAN and its objective.

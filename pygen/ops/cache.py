@@ -137,9 +137,7 @@ def _dtypes_fit(query: torch.dtype, key: torch.dtype, value: torch.dtype, *cache
     )
 
 
-def _refuse(
-    query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor
-) -> None:
+def _refuse(query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor) -> None:
     if query.dim() != 4:
         raise ValueError(f"query has shape {tuple(query.shape)}, but expected (batch, heads, block, width)")
     batch, heads, block, width = query.shape

@@ -16,9 +16,8 @@ static void expect(const char* what, size_t i, double got, double expected) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(256) row_statistics_kernel(const T* __restrict__ x, int64_t n,
-                                                             T* __restrict__ sums,
-                                                             T* __restrict__ maxima) {
+__global__ void __launch_bounds__(256)
+    row_statistics_kernel(const T* __restrict__ x, int64_t n, T* __restrict__ sums, T* __restrict__ maxima) {
   SHARED(T, scratch, [32]);
   const T* row = x + blockIdx.x * n;
   T sum = 0, largest = row[0];
@@ -41,8 +40,7 @@ static void row_statistics(dim3 block) {
   const int rows = 5, n = 1003;
   Buffer<T> x(rows * n), sums(rows), maxima(rows);
   for (int i = 0; i < rows * n; ++i) x[i] = T(i * 7919 % 113) - T(100);
-  launch(row_statistics_kernel<T>, dim3(rows), block, 0, stream, x.data, n, sums.data,
-         maxima.data);
+  launch(row_statistics_kernel<T>, dim3(rows), block, 0, stream, x.data, n, sums.data, maxima.data);
   wait_for_device();
   for (int row = 0; row < rows; ++row) {
     T sum = 0, largest = x[row * n];
@@ -124,8 +122,7 @@ static void three_dimensions() {
   wait_for_device();
   for (int i = 0; i < 24 * 24; ++i) {
     const int rank = i % 24;
-    expect("three_dimensions", i, out[i],
-           rank % 4 + 10 * (rank / 4 % 3) + 100 * (rank / 12) + 1000 * (i / 24));
+    expect("three_dimensions", i, out[i], rank % 4 + 10 * (rank / 4 % 3) + 100 * (rank / 12) + 1000 * (i / 24));
   }
 }
 
@@ -199,9 +196,12 @@ static void shuffles() {
   wait_for_device();
   for (int lane = 0; lane < 32; ++lane) {
     const int begin = lane / 8 * 8, end = begin + 8;
-    const int source[6] = {lane < 3 ? lane : lane - 3,         lane + 3 > 31 ? lane : lane + 3,
-                           lane - 3 < begin ? lane : lane - 3, lane + 3 >= end ? lane : lane + 3,
-                           begin + 2,                          (lane ^ 9) >= end ? lane : lane ^ 9};
+    const int source[6] = {lane < 3 ? lane : lane - 3,
+                           lane + 3 > 31 ? lane : lane + 3,
+                           lane - 3 < begin ? lane : lane - 3,
+                           lane + 3 >= end ? lane : lane + 3,
+                           begin + 2,
+                           (lane ^ 9) >= end ? lane : lane ^ 9};
     for (int i = 0; i < 6; ++i) {
       expect("shuffles", 6 * lane + i, double(out[6 * lane + i]), source[i] + 1);
     }
@@ -222,8 +222,8 @@ static void short_warp() {
   for (int i = 0; i < 32; ++i) expect("short_warp", i, out[i], i % 16 < 7 ? 127 + 2 : -1);
 }
 
-__global__ void atomics_kernel(int* counts, unsigned* bits, unsigned long long* largest,
-                               int* slots, int* last, int* total) {
+__global__ void atomics_kernel(int* counts, unsigned* bits, unsigned long long* largest, int* slots, int* last,
+                               int* total) {
   SHARED(int, ticket, );
   const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
   atomicAdd(&counts[i % 7], 1);
@@ -247,8 +247,8 @@ static void atomics() {
   Buffer<int> counts(7), slots(1024, -1), last(1), total(1);
   Buffer<unsigned> bits(1);
   Buffer<unsigned long long> largest(1);
-  launch(atomics_kernel, dim3(6), dim3(96), 0, stream, counts.data, bits.data, largest.data,
-         slots.data, last.data, total.data);
+  launch(atomics_kernel, dim3(6), dim3(96), 0, stream, counts.data, bits.data, largest.data, slots.data, last.data,
+         total.data);
   wait_for_device();
   for (int bin = 0; bin < 7; ++bin) expect("atomics counts", bin, counts[bin], bin < 2 ? 83 : 82);
   expect("atomics bits", 0, bits[0], (1u << 29) - 1);

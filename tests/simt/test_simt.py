@@ -21,13 +21,9 @@ FLAGS = {
     "address": ["-O1", "-g", "-fsanitize=address"],
     "thread": ["-O1", "-g", "-fsanitize=thread"],
 }
-LIBRARY_FLAGS = {
-    f"{build}_library": [*FLAGS[build], "-fPIC", "-shared"] for build in ("address", "thread")
-}
+LIBRARY_FLAGS = {f"{build}_library": [*FLAGS[build], "-fPIC", "-shared"] for build in ("address", "thread")}
 
-pytestmark = pytest.mark.skipif(
-    shutil.which(COMPILER) is None, reason=f"no host compiler {COMPILER}"
-)
+pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no host compiler {COMPILER}")
 
 
 @pytest.fixture(scope="session")
@@ -67,9 +63,7 @@ def run(path, *arguments, order="ascending"):
     }
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
     text = done.stdout + done.stderr
-    if path.name.endswith("_thread") and re.search(
-        r"unexpected memory mapping|setarch: failed", text
-    ):
+    if path.name.endswith("_thread") and re.search(r"unexpected memory mapping|setarch: failed", text):
         pytest.skip("ThreadSanitizer cannot lay out its memory here")
     assert done.returncode >= 0, f"signal {-done.returncode}: {text}"
     return text
@@ -83,10 +77,7 @@ def run_in_python(library, preload, *arguments):
         f"ctypes.CDLL({str(library)!r}).main(len(names), "
         "(ctypes.c_char_p * len(names))(*[name.encode() for name in names]))"
     )
-    found = [
-        subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True)
-        for name in preload
-    ]
+    found = [subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True) for name in preload]
     environment = os.environ | {
         "LD_PRELOAD": ":".join(done.stdout.strip() for done in found),
         "ASAN_OPTIONS": "detect_leaks=0",
@@ -95,7 +86,10 @@ def run_in_python(library, preload, *arguments):
     command = ["setarch", "-R"] if shutil.which("setarch") else []
     done = subprocess.run(
         [*command, sys.executable, "-c", script],
-        capture_output=True, text=True, timeout=60, env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
     )
     text = done.stdout + done.stderr
     if re.search(r"unexpected memory mapping|setarch: failed", text):
@@ -253,7 +247,5 @@ def test_correct_kernels_compile_for_cuda(tmp_path):
         pytest.skip("no torch headers beside this Python")
     command = [nvcc, "-std=c++20", "-arch=sm_90", "-DUSE_CUDA", "-c", str(HERE / "correct.cu")]
     command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{CSRC}", f"-I{include}"]
-    done = subprocess.run(
-        [*command, "-o", str(tmp_path / "correct.o")], capture_output=True, text=True
-    )
+    done = subprocess.run([*command, "-o", str(tmp_path / "correct.o")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
