@@ -1,7 +1,9 @@
 # The two commands a newcomer needs are `make demo` and `make test`; `make` lists them all.
 
 PYTHON ?= python3
-TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+PINNED_TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+# The other PyTorch of `make test-torch`.
+TORCH ?= 2.11.0
 # An index to take PyTorch from, such as PyTorch's own for CPU builds, a fraction of the size; pip's own when empty.
 TORCH_INDEX ?=
 # One architecture keeps the build quick; `make wheel` compiles them all.
@@ -27,7 +29,8 @@ demo: setup  ## train the five families on handwritten digits and write the comp
 	$(RUN) -m pygen compare --data digits --out runs/compare
 
 test: setup  ## run every test, the CUDA kernels on the CPU included
-	@test -f build/simt/build.ninja || PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/cmake --preset simt >/dev/null
+	@test build/simt/build.ninja -nt $(VENV)/installed || \
+	  PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/cmake --preset simt --fresh >/dev/null
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/cmake --build --preset simt --target pygen_simt
 	$(RUN) -m pytest -n $(JOBS) --dist worksteal $(TESTS)
 
@@ -36,7 +39,9 @@ test-torch: wheel  ## the operator tests on another PyTorch, with the wheel as b
 	.venv-torch-$(TORCH)/bin/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(TORCH)
 	.venv-torch-$(TORCH)/bin/python -m pip install -q numpy pytest pytest-xdist hypothesis mpmath scipy
 	.venv-torch-$(TORCH)/bin/python -m pip install -q --force-reinstall --no-deps dist/pygen_torch-*.whl
-	.venv-torch-$(TORCH)/bin/python -m pytest -p no:cacheprovider --backend cpu tests/ops tests/test_libraries.py
+	# Safe path: the checkout's own pygen/ must not stand before the wheel's.
+	PYTHONSAFEPATH=1 .venv-torch-$(TORCH)/bin/pytest -p no:cacheprovider -n $(JOBS) --backend cpu \
+	  tests/ops tests/test_libraries.py
 
 sanitize: setup  ## the operator tests under AddressSanitizer and ThreadSanitizer
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" tests/sanitize asan
@@ -49,17 +54,19 @@ check: setup  ## formatting, lint and types: what pre-commit runs
 	$(RUN) -m mypy
 
 bench: setup  ## time the operators against eager, torch.compile and the peers
+	$(RUN) -m pip install -q -r benchmarks/peers.txt
 	$(RUN) benchmarks/run.py --out benchmarks/results
 
 gpu-check:  ## on a machine with a GPU: build for it without network, test backend cuda, run the benchmarks
 	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e . \
 	  -C cmake.define.PYGEN_CUDA=on -C cmake.define.PYGEN_CUDA_ARCHITECTURES="$$($(PYTHON) -c \
 	  'import torch; print("%d%d" % torch.cuda.get_device_capability())')"
-	$(PYTHON) -m pytest --backend cuda tests/ops tests/test_libraries.py
+	$(PYTHON) -m pytest --backend cuda tests
 	$(PYTHON) benchmarks/run.py --device cuda --out benchmarks/results
 
 wheel: setup  ## dist/*.whl with the CPU and CUDA libraries, four architectures and PTX
-	$(RUN) -m pip wheel -q --no-build-isolation --no-deps -w dist . -C build-dir=build/wheel
+	rm -rf dist
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) -m pip wheel -q --no-build-isolation --no-deps -w dist . -C build-dir=build/wheel
 
 clean:  ## remove everything that was built
 	rm -rf build dist $(VENV) .venv-torch-*
@@ -75,8 +82,8 @@ $(VENV)/installed: constraints.txt
 	@command -v $${CXX:-c++} >/dev/null || \
 	  { echo "a C++20 compiler is missing: apt-get install g++ (Debian, Ubuntu) or dnf install gcc-c++ (Fedora)"; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
-	@echo "Installing PyTorch $(TORCH) (this downloads it the first time)"
-	$(RUN) -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(TORCH)
+	@echo "Installing PyTorch $(PINNED_TORCH) (this downloads it the first time)"
+	$(RUN) -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(PINNED_TORCH)
 	@echo "Installing the pinned tools"
 	$(RUN) -m pip install -q -r constraints.txt
 	@touch $@

@@ -17,10 +17,14 @@ else()
 endif()
 if(NOT EXISTS "${torch_found}/include/torch/csrc/stable/library.h")
   message(FATAL_ERROR "PyTorch >= 2.10 was not found for ${Python_EXECUTABLE}: install it first, as in "
-                      "pip install torch, or name its folder with -DPYGEN_TORCH=.../site-packages/torch")
+                      "pip install torch, or name its folder with PYGEN_TORCH=.../site-packages/torch "
+                      "(pip install . -C cmake.define.PYGEN_TORCH=...)")
 endif()
 file(STRINGS "${torch_found}/version.py" torch_version REGEX "^__version__ = ")
 string(REGEX REPLACE ".*'(.*)'.*" "\\1" PYGEN_TORCH_VERSION "${torch_version}")
+if(PYGEN_TORCH_VERSION VERSION_LESS 2.10)
+  message(FATAL_ERROR "PyTorch ${PYGEN_TORCH_VERSION} was found at ${torch_found}, but pygen needs 2.10 or later")
+endif()
 message(STATUS "Building against PyTorch ${PYGEN_TORCH_VERSION} at ${torch_found}")
 
 # Target 2.10: the one build serves every PyTorch from there on.

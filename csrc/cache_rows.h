@@ -7,11 +7,6 @@
 #include "cache.h"
 #include "tensor.h"
 
-// target_clones would give all instruction sets the same vector type; here each has a function of its own.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define PYGEN_BY_INSTRUCTION_SET
-#endif
-
 namespace pygen {
 
 constexpr int64_t kTile = 32;      // keys converted at a time, so that they stay in the first-level cache
@@ -184,7 +179,8 @@ PYGEN_INLINE void attend_rows_by(const Split<Compute, Stored>& x) {
   }
 }
 
-#ifdef PYGEN_BY_INSTRUCTION_SET
+// target_clones would give all instruction sets the same vector type; here each has a function of its own.
+#if PYGEN_X86_LEVELS
 template <class Compute, class Stored>
 __attribute__((target("arch=x86-64-v4"))) void attend_rows_v4(const Split<Compute, Stored>& x) {
   attend_rows_by<64>(x);
@@ -198,7 +194,7 @@ __attribute__((target("arch=x86-64-v3"))) void attend_rows_v3(const Split<Comput
 
 template <class Compute, class Stored>
 void attend_rows(const Split<Compute, Stored>& x) {
-#ifdef PYGEN_BY_INSTRUCTION_SET
+#if PYGEN_X86_LEVELS
   static const int level = __builtin_cpu_supports("x86-64-v4") ? 4 : __builtin_cpu_supports("x86-64-v3") ? 3 : 1;
   if (level == 4) return attend_rows_v4(x);
   if (level == 3) return attend_rows_v3(x);

@@ -28,8 +28,9 @@ struct Scale {
 
 template <class T>
 struct ScaleSlope {
-  T value;  // s
-  T slope;  // ds/da
+  T value;     // s
+  T slope;     // ds/da
+  T relative;  // d log s / da, which stays finite where s underflows
 };
 
 // log s before epsilon, for the activations that are bounded there.
@@ -82,15 +83,21 @@ PYGEN_INLINE Scale<T> add_epsilon(Scale<T> scale, T epsilon) {
 
 template <Activation A, class T>
 PYGEN_INLINE ScaleSlope<T> affine_scale_slope(T a, T limit, T epsilon) {
+  T s, slope, relative;
   if constexpr (A == Activation::kSigmoid) {
-    const T s = scalar::sigmoid(a);
-    return {s + epsilon, s * scalar::sigmoid(-a)};
+    s = scalar::sigmoid(a);
+    relative = scalar::sigmoid(-a);
+    slope = s * relative;
   } else if constexpr (A == Activation::kSoftplus) {
-    return {scalar::softplus(a) + epsilon, scalar::sigmoid(a)};
+    s = scalar::softplus(a);
+    slope = scalar::sigmoid(a);
+    relative = a < T(-40) ? T(1) : slope / s;
   } else {
-    const T s = scalar::exp(log_scale<A>(a, limit));
-    return {s + epsilon, s * log_scale_slope<A>(a, limit)};
+    s = scalar::exp(log_scale<A>(a, limit));
+    relative = log_scale_slope<A>(a, limit);
+    slope = s * relative;
   }
+  return {s + epsilon, slope, epsilon == T(0) ? relative : slope / (s + epsilon)};
 }
 
 // Gradients of one element, from the side where x is: forward had output y = x s + t and ladj = sum log s, the inverse
@@ -103,10 +110,9 @@ struct AffineGradient {
 template <bool kInverse, class T>
 PYGEN_INLINE AffineGradient<T> affine_gradient(T x, ScaleSlope<T> scale, T grad_output, T grad_ladj) {
   if constexpr (kInverse) {
-    const T relative = scale.slope / scale.value;  // d log s / da
-    return {grad_output / scale.value, -relative * (grad_output * x + grad_ladj)};
+    return {grad_output / scale.value, -scale.relative * (grad_output * x + grad_ladj)};
   } else {
-    return {grad_output * scale.value, scale.slope * (grad_output * x + grad_ladj / scale.value)};
+    return {grad_output * scale.value, scale.slope * grad_output * x + scale.relative * grad_ladj};
   }
 }
 

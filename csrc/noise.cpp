@@ -17,12 +17,11 @@ PYGEN_CLONES void block_rows(uint64_t seed, uint64_t sample_id, uint64_t draw, u
   noise_blocks<S, uint32_t>(seed, sample_id, draw, first, blocks, out);
 }
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if PYGEN_X86_LEVELS
 // AVX-512 wants another source than the clones share; see philox4x32_10.
 template <NoiseStream S>
 __attribute__((target("arch=x86-64-v4"))) void wide_block_rows(uint64_t seed, uint64_t sample_id, uint64_t draw,
-                                                                uint32_t first, int64_t blocks,
-                                                                float* __restrict out) {
+                                                               uint32_t first, int64_t blocks, float* __restrict out) {
   noise_blocks<S, uint64_t>(seed, sample_id, draw, first, blocks, out);
 }
 

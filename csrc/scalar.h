@@ -17,9 +17,16 @@
 #define PYGEN_INLINE inline __attribute__((always_inline))
 #endif
 
-// One clone of a row function per instruction set, chosen by the dynamic loader; nothing where there is no ifunc.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__) && \
-    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+// One clone of a row function per instruction set, chosen by the dynamic loader. GCC knows the x86-64 levels from version
+// 12 on; without them, with Clang, on Arm and where there is no ifunc, there is one version: the compiler's default.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__) && \
+    !defined(__CUDACC__)
+#define PYGEN_X86_LEVELS 1
+#else
+#define PYGEN_X86_LEVELS 0
+#endif
+// Sanitizers instrument ifunc resolvers, which run before they are ready.
+#if PYGEN_X86_LEVELS && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #define PYGEN_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define PYGEN_CLONES

@@ -23,13 +23,15 @@ PYGEN_EXPORT int64_t pygen_get_num_threads() {
 
 // Which clone of the row functions the dynamic loader chose.
 PYGEN_EXPORT const char* pygen_instruction_set() {
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#if PYGEN_X86_LEVELS
   __builtin_cpu_init();
   if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4 (AVX-512)";
   if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3 (AVX2)";
   return "x86-64";
 #elif defined(__aarch64__)
   return "aarch64";
+#elif defined(__x86_64__)
+  return "x86-64 (built with a compiler that makes no clones)";
 #else
   return "compiler default";
 #endif

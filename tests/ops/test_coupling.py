@@ -135,6 +135,19 @@ def test_gradients(backend, device, activation, inverse):
 
 
 @pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_stay_finite_where_the_scale_underflows(backend, device, activation, inverse):
+    # Where the scale is 0 the inverse itself is 0 / 0, and its gradient with it.
+    lowest = [-86.0, -80.0, -50.0] if inverse else [-200.0, -110.0, -90.0]
+    raw = torch.tensor([[*lowest, -40.0, 30.0, 85.0]], device=device, requires_grad=True)
+    twin = raw.detach().double().requires_grad_()
+    x = torch.zeros(1, 6, device=device)
+    ops.affine(x, raw, None, inverse=inverse, **options_of(activation))[1].sum().backward()
+    affine_reference(x.double(), twin, None, inverse=inverse, **options_of(activation))[1].sum().backward()
+    close(raw.grad, twin.grad.float(), scale=2)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
 def test_gradients_of_long_strided_rows(backend, device, inverse):
     shape = (2, 3, 1024, 6)
     grads = []
