@@ -72,8 +72,11 @@ def main() -> int:
 
     from pygen import _native
 
-    if options.device not in _native._kernels:
-        print(f"benchmarks: no {options.device} kernels: {_native._absent.get(options.device)}", file=sys.stderr)
+    why = _native._absent.get(options.device, "")
+    if not why and options.device == "cuda":
+        why = _native._why_not_device(None)
+    if why:
+        print(f"benchmarks: no {options.device} kernels: {why}", file=sys.stderr)
         return 2
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -17,14 +17,17 @@ inline void check_affine(const Tensor& x, const OptionalTensor& raw_scale, const
   if (raw_scale) {
     check(same_shape(*raw_scale, x), "raw_scale has shape ", shape_of(*raw_scale), ", but expected ", shape_of(x));
     check(is_floating(raw_scale->scalar_type()), "raw_scale has a dtype that is not supported");
+    check(same_device(*raw_scale, x), "raw_scale is on another device than x");
   }
   if (shift) {
     check(same_shape(*shift, x), "shift has shape ", shape_of(*shift), ", but expected ", shape_of(x));
     check(is_floating(shift->scalar_type()), "shift has a dtype that is not supported");
+    check(same_device(*shift, x), "shift is on another device than x");
   }
 }
 
 inline void check_grad_ladj(const Tensor& x, const Tensor& grad_ladj, int64_t event_dims) {
+  check(same_device(grad_ladj, x), "grad_ladj is on another device than x");
   check(grad_ladj.dim() == x.dim() - event_dims &&
             std::equal(grad_ladj.sizes().begin(), grad_ladj.sizes().end(), x.sizes().begin()),
         "grad_ladj has shape ", shape_of(grad_ladj), ", but expected the batch dimensions of x, ", shape_of(x));

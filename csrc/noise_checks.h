@@ -6,10 +6,6 @@
 
 namespace pygen {
 
-inline bool same_device(const Tensor& a, const Tensor& b) {
-  return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
-}
-
 // One number for all rows, (), or one per row, (rows,); int64 on the device of the data.
 inline void check_per_row(const char* name, const Tensor& values, const Tensor& data, int64_t rows) {
   check(values.scalar_type() == ScalarType::Long, name, " has another dtype than int64");

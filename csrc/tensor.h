@@ -50,6 +50,10 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
   return left.size() == right.size() && std::equal(left.begin(), left.end(), right.begin());
 }
 
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
+}
+
 inline bool is_floating(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
          dtype == ScalarType::Half;

@@ -39,6 +39,8 @@ _kernels: dict[str, SimpleNamespace] = {}
 # Device type -> why it has no kernels.
 _absent: dict[str, str] = {}
 _loaded: dict[str, str] = {}
+# CUDA device -> whether the code that was compiled runs on it.
+_served: dict[int | None, bool] = {}
 
 
 def _folder() -> Path | None:
@@ -129,17 +131,28 @@ def _why_no_cuda() -> str:
     built, running = facts["cuda"].partition(".")[0], torch.version.cuda.partition(".")[0]
     if built != running:
         return f"pygen was built with CUDA {facts['cuda']}, but this PyTorch has CUDA {torch.version.cuda}"
-    if not torch.cuda.is_available():
-        return "PyTorch sees no CUDA device that its driver can serve"
     if "cpu" not in _kernels:
         return f"the CPU library, which defines the operators, is not loaded: {_absent['cpu']}"
-    capability = torch.cuda.get_device_capability()
-    if not serves(facts["cuda_architectures"], capability):
-        return (
-            f"pygen was compiled for architectures {facts['cuda_architectures']}, but the device is sm_"
-            f"{capability[0]}{capability[1]}"
-        )
     return ""
+
+
+def _why_not_device(index: int | None) -> str:
+    """Why the loaded CUDA library does not serve a device; empty where it does. Asking initialises CUDA, so this waits
+    for the first tensor there: a process that only imports pygen can still fork, or choose its device."""
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device that its driver can serve"
+    capability = torch.cuda.get_device_capability(index)
+    architectures = _runtime.build_facts()["cuda_architectures"]
+    if serves(architectures, capability):
+        return ""
+    return f"pygen was compiled for architectures {architectures}, but the device is sm_{capability[0]}{capability[1]}"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _serves_device(index: int | None) -> bool:
+    if index not in _served:
+        _served[index] = not _why_not_device(index)
+    return _served[index]
 
 
 def serves(architectures: str, capability: tuple[int, int]) -> bool:
@@ -163,7 +176,10 @@ def kernels_for(x: Tensor) -> SimpleNamespace | None:
     (`vmap`, `grad`, `jvp`) or forward-mode differentiation in progress."""
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return None
-    return _kernels.get(x.device.type)
+    kernels = _kernels.get(x.device.type)
+    if kernels is not None and x.device.type == "cuda" and not _serves_device(x.device.index):
+        return None
+    return kernels
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
@@ -199,9 +215,11 @@ def report() -> dict[str, Any]:
             have = _kernels.get(device)
             missing = [kernel for kernel in kernels if not hasattr(have, kernel)]
             why = _absent.get(device, "") if have is None else ""
+            if have is not None and device == "cuda":
+                why = _why_not_device(None)
             if have is not None and missing:
                 why = f"the library has no {', '.join(missing)}"
-            operators[name][device] = {"native": have is not None and not missing, "why": why}
+            operators[name][device] = {"native": have is not None and not why, "why": why}
     return {
         "versions": {
             "pygen": pygen.__version__,

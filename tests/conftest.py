@@ -61,6 +61,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
             yield name
     elif name == "cuda":
         assert "cuda" in _native._kernels, f"backend cuda: {_native._absent['cuda']}"
+        assert not _native._why_not_device(None), f"backend cuda: {_native._why_not_device(None)}"
         yield name
     else:
         raise pytest.UsageError(f"--backend has {name!r}, but expected cpu, simt or cuda")

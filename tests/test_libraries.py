@@ -25,6 +25,11 @@ def symbols(path: Path, *options: str) -> list[str]:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\n")
 
 
+def test_what_was_built_is_there():
+    built = {"libpygen_cpu.so"} | ({"libpygen_cuda.so"} if _native._runtime.build_facts()["cuda"] else set())
+    assert {path.name for path in LIBRARIES} == built
+
+
 @pytest.mark.parametrize("path", LIBRARIES, ids=lambda path: path.stem)
 def test_only_the_stable_abi_is_used(path):
     undefined = [line for line in symbols(path, "--undefined-only") if "at::" in line or "c10::" in line]
@@ -86,6 +91,24 @@ def test_where_cuda_is_absent_the_reason_is_said():
 )
 def test_architectures_that_serve_a_device(architectures, capability, runs):
     assert _native.serves(architectures, capability) is runs
+
+
+def test_a_cuda_device_is_asked_for_only_when_a_tensor_is_there(monkeypatch):
+    asked = []
+    monkeypatch.setattr(_native, "_kernels", {"cuda": "kernels"})
+    monkeypatch.setattr(_native, "_served", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: asked.append(index) or (9, index))
+    monkeypatch.setattr(_native._runtime, "build_facts", lambda: {"cuda_architectures": "90"})
+
+    class Somewhere:
+        def __init__(self, index: int) -> None:
+            self.device = torch.device("cuda", index)
+
+    assert [_native.kernels_for(Somewhere(0)) for _ in range(3)] == ["kernels"] * 3
+    assert asked == [0]
+    monkeypatch.setattr(_native._runtime, "build_facts", lambda: {"cuda_architectures": "80"})
+    assert _native.kernels_for(Somewhere(1)) is None
 
 
 def test_thread_control():

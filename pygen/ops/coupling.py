@@ -197,7 +197,8 @@ def affine(
 
     Raises:
         ValueError: for an unknown activation, a limit that is missing, useless or not positive, a negative epsilon,
-            shapes that do not broadcast to x's, or event_dims outside 0 .. x.dim().
+            shapes that do not broadcast to x's, tensors on another device than x, or event_dims outside
+            0 .. x.dim().
         TypeError: for a dtype that is not floating.
     """
     code = _CODES.get(activation, -1)
@@ -210,9 +211,9 @@ def affine(
         or not x.is_floating_point()
     ):
         _refuse(x, activation, limit, epsilon, event_dims)
-    if raw_scale is not None and raw_scale.shape != x.shape:
+    if raw_scale is not None and not _fits(raw_scale, x):
         raw_scale = _expand("raw_scale", raw_scale, x)
-    if shift is not None and shift.shape != x.shape:
+    if shift is not None and not _fits(shift, x):
         shift = _expand("shift", shift, x)
     kernels = _native.kernels_for(x)
     if kernels is None:
@@ -230,7 +231,15 @@ def affine(
     return y, ladj
 
 
+def _fits(value: Tensor, x: Tensor) -> bool:
+    return value.shape == x.shape and value.device == x.device and value.is_floating_point()
+
+
 def _expand(name: str, value: Tensor, x: Tensor) -> Tensor:
+    if value.device != x.device:
+        raise ValueError(f"{name} is on {value.device}, but expected x's {x.device}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} has dtype {value.dtype}, but expected float32, float64, bfloat16 or float16")
     try:
         return value.expand(x.shape)
     except RuntimeError:

@@ -270,6 +270,7 @@ def test_unwritten_output_would_show(backend, device):
         ({"event_dims": 3}, "event_dims is 3, but x has 2 dimensions"),
         ({"raw_scale": torch.zeros(5)}, r"raw_scale has shape \(5,\)"),
         ({"shift": torch.zeros(2, 3, 4)}, r"shift has shape \(2, 3, 4\)"),
+        ({"raw_scale": torch.zeros(3, 4, device="meta")}, "raw_scale is on meta, but expected x's cpu"),
     ],
 )
 def test_bad_arguments_get_one_sentence(arguments, sentence):
@@ -279,6 +280,8 @@ def test_bad_arguments_get_one_sentence(arguments, sentence):
         ops.affine(torch.zeros(3, 4), **tensors, **arguments)
     with pytest.raises(TypeError, match="x has dtype torch.int64"):
         ops.affine(torch.zeros(3, 4, dtype=torch.int64), None, None)
+    with pytest.raises(TypeError, match="shift has dtype torch.int32"):
+        ops.affine(torch.zeros(3, 4), None, torch.zeros(3, 4, dtype=torch.int32))
 
 
 def test_raw_operators_check_what_would_reach_memory(backend, namespace, device):
