@@ -19,6 +19,8 @@ from pygen.workbench.data import Dataset
 from pygen.workbench.metrics import class_coverage, frechet_distance, manifold_scores
 
 CHUNK = 500
+# Logits over the levels of one chunk, for the families that make them all at once: 128 MiB in float32.
+CHUNK_LOGITS = 1 << 25
 SPREAD = 100.0
 
 
@@ -108,6 +110,12 @@ def spread(n: int, count: int) -> Tensor:
     return torch.arange(n) if n <= count else torch.arange(count) * n // count
 
 
+def chunk_size(model: GenerativeModel) -> int:
+    """How many pictures of a model are handled at once, so that memory does not grow with shape and levels."""
+    config = model.config
+    return max(1, min(CHUNK, CHUNK_LOGITS // (config.dimensions * config.levels)))
+
+
 @torch.no_grad()
 def draw(
     model: GenerativeModel, ids: Tensor, labels: Tensor | None = None, *, seed: int = 0, steps: int | None = None
@@ -116,7 +124,7 @@ def draw(
     model.eval()
     conditional = labels is not None and model.config.classes is not None
     rows = []
-    for chunk in torch.split(torch.arange(len(ids)), CHUNK):
+    for chunk in torch.split(torch.arange(len(ids)), chunk_size(model)):
         condition = labels[chunk].to(model.device) if labels is not None and conditional else None
         x = model.sample(len(chunk), ids=ids[chunk].to(model.device), condition=condition, seed=seed, steps=steps)
         rows.append(model.dequantize(model.quantize(x)).cpu())
@@ -136,7 +144,7 @@ def bits_per_dim(
     model.eval()
     device = model.device
     nats = []
-    for ids in torch.split(torch.arange(len(pictures)), CHUNK):
+    for ids in torch.split(torch.arange(len(pictures)), chunk_size(model)):
         condition = labels[ids].to(device) if labels is not None and model.config.classes is not None else None
         x = pictures[ids].to(device)
         nats.append(model.log_prob(x, condition=condition, ids=ids.to(device), seed=seed).double().cpu())
