@@ -24,6 +24,10 @@ inline void check_attend_cached(const Tensor& query, const Tensor& key, const Te
           " has another dtype than key_cache, or one that is not supported");
     check(width <= 1 || cache.stride(3) == 1, name, " has stride ", cache.stride(3),
           " in its last dimension, but expected 1: a cache is appended to in place and never copied");
+    for (int64_t d = 0; d < 3; ++d)
+      check(cache.size(d) <= 1 || cache.stride(d) != 0, name, " has stride 0 in dimension ", d,
+            ", but expected memory of its own for every element: it is changed in place");
+    check(same_device(cache, query), name, " is on another device than query");
   }
   check(width > 0 && capacity > 0, "key_cache has shape ", shape_of(key_cache),
         ", but expected a positive capacity and width");
@@ -34,12 +38,17 @@ inline void check_attend_cached(const Tensor& query, const Tensor& key, const Te
           name, " has shape ", shape_of(fresh), ", but expected (", batch, ", ", kv_heads, ", ", block, ", ", width,
           ")");
     check(is_floating(fresh.scalar_type()), name, " has a dtype that is not supported: expected a floating dtype");
+    check(same_device(fresh, query), name, " is on another device than query");
   }
   check(is_floating(query.scalar_type()), "query has a dtype that is not supported: expected a floating dtype");
   check((query.scalar_type() == ScalarType::Double) == (key_cache.scalar_type() == ScalarType::Double),
         "query and key_cache must both be float64, or neither");
   check(lengths.dim() == 1 && lengths.size(0) == batch && lengths.scalar_type() == ScalarType::Int,
         "lengths has shape ", shape_of(lengths), ", but expected int32 of shape (", batch, ",)");
+  check(
+      batch <= 1 || lengths.stride(0) != 0,
+      "lengths has stride 0 in dimension 0, but expected memory of its own for every element: it is changed in place");
+  check(same_device(lengths, query), "lengths is on another device than query");
 }
 
 }  // namespace pygen

@@ -30,7 +30,7 @@ constexpr const char* kSchemas[] = {
     "attend_cached(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
     "Tensor(c!) lengths, float scale) -> Tensor",
     // sampling: seeds and positions, (rows,) or (), take precedence over seed and position
-    "sample_logits(Tensor logits, Tensor sample_ids, int seed, Tensor? seeds, int position, Tensor? positions, "
+    "sample_logits(Tensor logits, Tensor sample_ids, SymInt seed, Tensor? seeds, SymInt position, Tensor? positions, "
     "float temperature, int top_k, float top_p) -> (Tensor token, Tensor log_prob)",
 };
 

@@ -287,8 +287,8 @@ std::tuple<Tensor, Tensor> sample_logits(Tensor logits, Tensor sample_ids, int64
                                          int64_t top_k, double top_p) {
   check_sample_logits(logits, sample_ids, temperature, top_k, top_p);
   const int64_t rows = logits.size(0), vocabulary = logits.size(1);
-  const PerRow all_seeds = per_row("seed", seeds, seed, rows);
-  const PerRow all_positions = per_row("position", positions, position, rows);
+  const PerRow all_seeds = per_row("seed", seeds, seed, logits);
+  const PerRow all_positions = per_row("position", positions, position, logits);
   Tensor token = torch::stable::new_empty(logits, {rows}, ScalarType::Long);
   Tensor log_prob = torch::stable::new_empty(logits, {rows}, sum_dtype(logits));
   const int64_t* ids = static_cast<const int64_t*>(sample_ids.data_ptr());

@@ -278,8 +278,8 @@ std::tuple<Tensor, Tensor> sample_logits(Tensor logits, Tensor sample_ids, int64
     all.row_stride = logits.stride(0);
     all.stride = logits.stride(1);
     all.vocabulary = logits.size(1);
-    all.seeds = per_row("seed", seeds, seed, rows);
-    all.positions = per_row("position", positions, position, rows);
+    all.seeds = per_row("seed", seeds, seed, logits);
+    all.positions = per_row("position", positions, position, logits);
     all.sample_ids = static_cast<const int64_t*>(sample_ids.data_ptr());
     all.id_stride = sample_ids.stride(0);
     all.greedy = temperature == 0;

@@ -94,8 +94,8 @@ def attend_cached(
         arguments count as constants.
 
     Raises:
-        ValueError: for shapes or devices that do not fit, or a cache whose last dimension is not dense (a copy would
-            defeat the append).
+        ValueError: for shapes or devices that do not fit, a cache whose last dimension is not dense (a copy would
+            defeat the append), or a cache or lengths with elements that share memory (of stride 0, as from `expand`).
         TypeError: for dtypes other than those above.
     """
     shape = key_cache.shape
@@ -111,6 +111,9 @@ def attend_cached(
         or query.shape[1] % shape[1]
         or lengths.shape != shape[:1]
         or (shape[3] > 1 and (key_cache.stride(3) != 1 or value_cache.stride(3) != 1))
+        or _shared_dimension(key_cache) is not None
+        or _shared_dimension(value_cache) is not None
+        or _shared_dimension(lengths) is not None
         or lengths.dtype != torch.int32
         or not query.device == key.device == value.device == key_cache.device == value_cache.device == lengths.device
         or not _dtypes_fit(query.dtype, key.dtype, value.dtype, key_cache.dtype, value_cache.dtype)
@@ -128,6 +131,14 @@ def attend_cached(
         scale = 1 / math.sqrt(shape[3])
     out: Tensor = kernels.attend_cached(query, key, value, key_cache, value_cache, lengths, scale)
     return out
+
+
+def _shared_dimension(tensor: Tensor) -> int | None:
+    """The first dimension whose elements are one in memory, which nothing changed in place may have."""
+    strides = tensor.stride()
+    if 0 not in strides:
+        return None
+    return next((d for d, size in enumerate(tensor.shape) if size > 1 and strides[d] == 0), None)
 
 
 def _dtypes_fit(query: torch.dtype, key: torch.dtype, value: torch.dtype, *caches: torch.dtype) -> bool:
@@ -170,6 +181,13 @@ def _refuse(query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_
             raise ValueError(
                 f"{name} has stride {tensors[name].stride(3)} in its last dimension, but expected 1: it is appended "
                 "to in place and never copied"
+            )
+    for name in ("key_cache", "value_cache", "lengths"):
+        shared = _shared_dimension(tensors[name])
+        if shared is not None:
+            raise ValueError(
+                f"{name} has stride 0 in dimension {shared}, but expected memory of its own for every element: it is "
+                "changed in place"
             )
     dtypes = ", ".join(str(tensor.dtype) for tensor in tensors.values())
     raise TypeError(

@@ -8,6 +8,7 @@ reference agrees with every kernel in every bit.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
@@ -143,6 +144,7 @@ def _generate(
     *,
     uniform: bool,
 ) -> Tensor:
+    seed, draw = plain_number("seed", seed), plain_number("draw", draw)
     kernels = _native.kernels_for(sample_ids)
     if kernels is None:
         return reference(sample_ids, shape, seed=seed, draw=draw, dtype=dtype)
@@ -181,10 +183,18 @@ def check_number(name: str, value: int | Tensor, sample_ids: Tensor, low: int, h
             raise ValueError(f"{name} has shape {tuple(value.shape)}, but expected () or {tuple(sample_ids.shape)}")
         if value.device != sample_ids.device:
             raise ValueError(f"{name} is on {value.device}, but expected {sample_ids.device}, where sample_ids is")
-    elif not isinstance(value, int):
-        raise TypeError(f"{name} is a {type(value).__name__}, but expected an int or an int64 tensor")
     elif not low <= value < high:
         raise ValueError(f"{name} is {value}, but expected a number in {low} .. {high - 1}")
+
+
+def plain_number(name: str, value: int | Tensor) -> int | Tensor:
+    """A tensor or an int as it is, and the integer of another library, such as NumPy's, as an int."""
+    if isinstance(value, (int, Tensor)):  # first, because the compiler would take operator.index for a constant
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is a {type(value).__name__}, but expected an int or an int64 tensor") from None
 
 
 def signed_seed(seed: int) -> int:
@@ -212,6 +222,7 @@ def _words(
     stream: int,
     dtype: torch.dtype,
 ) -> Tensor:
+    seed, draw = plain_number("seed", seed), plain_number("draw", draw)
     check_address(sample_ids, seed, draw)
     _check_output(shape, dtype)
     seeds = seed if isinstance(seed, Tensor) else sample_ids.new_tensor(signed_seed(seed))

@@ -19,6 +19,7 @@ from pygen.ops.noise import (
     check_address,
     check_number,
     philox_reference,
+    plain_number,
     signed_seed,
     split_seed,
 )
@@ -45,6 +46,7 @@ def sample_logits_reference(
     top_p: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`sample_logits` in plain PyTorch, by sorting: its specification, its fallback, and the oracle of its tests."""
+    seed, position = plain_number("seed", seed), plain_number("position", position)
     vocabulary = logits.shape[1]
     x = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     peak = x.amax(-1, keepdim=True)
@@ -135,6 +137,7 @@ def sample_logits(
         or (top_p is not None and not 0 < top_p <= 1)
     ):
         _refuse(logits, sample_ids, temperature, top_k, top_p)
+    seed, position = plain_number("seed", seed), plain_number("position", position)
     check_address(sample_ids, seed, 0)
     check_number("position", position, sample_ids, 0, DRAW_LIMIT)
     if logits.requires_grad:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from pygen import _native
-from pygen.ops.noise import check_address, noise_reference, split_seed
+from pygen.ops.noise import check_address, noise_reference, plain_number, split_seed
 from pygen.ops.noise import noise as addressed_noise
 
-Clip = float | tuple[float, float] | None
+Clip = float | Sequence[float] | None
 
 MAX_HISTORY = 8  # of the CUDA kernel; longer histories run on the reference
 
@@ -35,6 +35,7 @@ def diffusion_step_reference(
     return_denoised: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The specification of `diffusion_step` in PyTorch operations."""
+    step, seed = plain_number("step", step), None if seed is None else plain_number("seed", seed)
     _check(sample, model_output, coefficients, step, history, noise, seed, sample_ids)
     wide = _arithmetic_dtype(sample)
     row = _row(coefficients, step, sample.dim()).to(wide)
@@ -196,6 +197,7 @@ def diffusion_step(
     Source: the common form of DDPM (Ho et al. 2020, eq. 7), DDIM (Song et al. 2021, eq. 12), DPM-Solver++ (Lu et al.
     2022) and their kin.
     """
+    step, seed = plain_number("step", step), None if seed is None else plain_number("seed", seed)
     kernels = _native.kernels_for(sample)
     recorded = _native.wants_gradient(sample, model_output, coefficients, noise, *history)
     compiling = torch.compiler.is_compiling()
@@ -284,12 +286,16 @@ def _arithmetic_dtype(sample: Tensor) -> torch.dtype:
     return torch.float64 if sample.dtype == torch.float64 else torch.float32
 
 
-def clip_bounds(clip: float | tuple[float, float]) -> tuple[float, float]:
+def clip_bounds(clip: float | Sequence[float]) -> tuple[float, float]:
     """(low, high) of a `clip` argument."""
-    low, high = clip if isinstance(clip, tuple) else (-clip, clip)
+    try:
+        low, high = clip if isinstance(clip, Sequence) else (-clip, clip)
+        low, high = float(low), float(high)
+    except (TypeError, ValueError):
+        low = high = torch.nan
     if not low <= high:
         raise ValueError(f"clip is {clip}, but expected a number from 0 or (low, high) with low <= high")
-    return float(low), float(high)
+    return low, high
 
 
 def _row(coefficients: Tensor, step: int | Tensor, dim: int) -> Tensor:
@@ -341,8 +347,6 @@ def _check(
             raise ValueError(f"step has shape {tuple(step.shape)}, but expected () or {tuple(sample.shape[:1])}")
         if step.device != sample.device:
             raise ValueError(f"step is on {step.device}, but expected {sample.device}, where sample is")
-    elif not isinstance(step, int):
-        raise TypeError(f"step is a {type(step).__name__}, but expected an int or an int64 tensor")
     elif not 0 <= step < coefficients.shape[0]:
         raise ValueError(f"step is {step}, but expected a row of the table, 0 .. {coefficients.shape[0] - 1}")
     if (seed is None) != (sample_ids is None):

@@ -270,6 +270,53 @@ def test_refuses_in_one_sentence(message):
     assert arguments["lengths"].tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("changed", ["lengths", "key_cache", "value_cache"])
+def test_refuses_to_change_what_shares_memory(backend, device, namespace, changed):
+    names = ("query", "key", "value", "key_cache", "value_cache", "lengths")
+    arguments = dict(zip(names, draw((4, 2, 1, 8, 9, [3, 3]), torch.float32, device), strict=True))
+    whole = arguments[changed]
+    operator = getattr(torch.ops, namespace).attend_cached.default
+    for dimension in range(min(whole.dim(), 3)):
+        shared = {**arguments, changed: whole.narrow(dimension, 0, 1).expand_as(whole)}
+        sentence = f"{changed} has stride 0 in dimension {dimension}, but expected memory of its own"
+        with pytest.raises(ValueError, match=sentence):
+            ops.attend_cached(**shared)
+        with pytest.raises(RuntimeError, match=sentence):
+            operator(**shared, scale=1.0)
+    # One element shares with none, whatever its stride.
+    alone = {name: tensor[:1, :, :1] if tensor.dim() == 4 else tensor[:1] for name, tensor in arguments.items()}
+    alone |= {name: arguments[name][:1] for name in ("key_cache", "value_cache")}
+    alone[changed] = alone[changed].as_strided(alone[changed].shape, (0, *alone[changed].stride()[1:]))
+    assert ops.attend_cached(**alone).isfinite().all()
+
+
+def test_raw_operator_refuses_another_device(backend, device, namespace):
+    if backend != "cuda":
+        pytest.skip("two devices are needed")
+    names = ("query", "key", "value", "key_cache", "value_cache", "lengths")
+    arguments = dict(zip(names, draw((4, 2, 1, 8, 9, [3, 3]), torch.float32, device), strict=True))
+    for name in names[1:]:
+        with pytest.raises(RuntimeError, match=f"{name} is on another device than query"):
+            torch.ops.pygen.attend_cached(**{**arguments, name: arguments[name].cpu()}, scale=1.0)
+
+
+def test_unwritten_output_would_show(backend, device):
+    torch.use_deterministic_algorithms(True)
+    try:
+        # What the operator allocates holds NaN, so what it leaves out of its splits or of its output would be seen.
+        for dtype in DTYPES:
+            for shape in (*SHAPES, (4, 2, 1, 32, 700, [690, 0, 5, 129]), (2, 1, 3, 24, 400, [390, 1, 128])):
+                arguments = draw(shape, dtype, device)
+                lengths = arguments[5].tolist()
+                out = ops.attend_cached(*arguments)
+                assert out.isfinite().all()
+                for cache in arguments[3:5]:
+                    for b, length in enumerate(lengths):
+                        assert cache[b, :, : length + shape[2]].isfinite().all()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_raw_operator_passes_opcheck(backend, device, namespace):
     operator = getattr(torch.ops, namespace).attend_cached.default
     query, key, value, *caches, lengths = draw((4, 2, 2, 8, 9, [3, 0]), torch.float32, device)

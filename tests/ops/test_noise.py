@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from cases import DTYPES
@@ -62,6 +63,13 @@ def test_a_seed_means_these_numbers_for_ever(backend, device):
     bits = ops.noise(ids, (5,), seed=20, draw=3).view(torch.int32).tolist()
     assert bits == GOLDEN_NORMAL
     assert ops.uniform(ids, (5,), seed=20, draw=3).view(torch.int32).tolist() == GOLDEN_UNIFORM
+
+
+def test_numbers_of_numpy(backend, device):
+    ids = ids_on(device)
+    for function in (ops.noise, ops.noise_reference):
+        actual = function(ids, (5,), seed=np.uint64(2**64 - 1), draw=np.int32(3))
+        assert torch.equal(actual, function(ids, (5,), seed=-1, draw=3))
 
 
 GOLDEN_NORMAL = [

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from cases import DTYPES, LAYOUTS
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from pygen import _native, ops
 from pygen.ops.noise import TOKEN_STREAM, philox_reference
@@ -325,6 +327,8 @@ REFUSALS = {
     "position has shape (3,)": {"position": torch.arange(3)},
     "seed has dtype torch.float32": {"seed": torch.zeros(2)},
     "seed is 18446744073709551616": {"seed": 2**64},
+    "seed is a float, but expected an int or an int64 tensor": {"seed": 1.5},
+    "position is a str, but expected an int or an int64 tensor": {"position": "first"},
 }
 
 
@@ -354,6 +358,59 @@ def test_compiles_in_one_graph(backend, device):
     for position in (0, 1, 2):
         for actual, expected in zip(compiled(logits, ids, position), step(logits, ids, position), strict=True):
             assert torch.equal(actual, expected)
+
+
+def test_a_loop_over_positions_compiles_once(backend, device):
+    torch.compiler.reset()
+    logits, ids = torch.randn(3, 40, device=device), torch.arange(3, device=device)
+    counter = CompileCounter()
+    token_of = torch.compile(
+        lambda x, i: ops.sample_logits(x, seed=1, sample_ids=ids, position=i), fullgraph=True, backend=counter
+    )
+    positions = 3 * torch._dynamo.config.recompile_limit
+    for i in reversed(range(positions)):
+        token_of(logits, i)
+        if i == positions - 2:  # by now the compiler knows that the position varies; it treats 0 and 1 as constants
+            compilations = counter.frame_count
+        if i == 2:
+            assert counter.frame_count == compilations
+
+
+def test_unwritten_output_would_show(backend, device):
+    torch.use_deterministic_algorithms(True)
+    try:
+        for dtype in DTYPES:
+            for rows, vocabulary in ((1, 1), (5, 40), (3, 5000)):
+                logits, ids = torch.randn(rows, vocabulary, device=device).to(dtype), torch.arange(rows, device=device)
+                for options in ({}, {"top_k": 3}, {"top_p": 0.5}, {"temperature": 0.0}):
+                    token, log_prob = ops.sample_logits(logits, seed=1, sample_ids=ids, position=0, **options)
+                    assert ((token >= 0) & (token < vocabulary)).all()
+                    assert log_prob.isfinite().all()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_numbers_of_numpy(backend, device):
+    logits, ids = torch.randn(3, 40, device=device), torch.arange(3, device=device)
+    for function in (ops.sample_logits, ops.sample_logits_reference):
+        expected = function(logits, seed=2**64 - 1, sample_ids=ids, position=4)
+        for position in (np.int64(4), np.uint8(4)):
+            actual = function(logits, seed=np.uint64(2**64 - 1), sample_ids=ids, position=position)
+            assert torch.equal(actual[0], expected[0])
+            assert torch.equal(actual[1], expected[1])
+
+
+def test_raw_operator_refuses_another_device(backend, device, namespace):
+    if backend != "cuda":
+        pytest.skip("two devices are needed")
+    operator = getattr(torch.ops, namespace).sample_logits.default
+    logits, ids = torch.randn(2, 9, device=device), torch.arange(2, device=device)
+    for name, arguments in {
+        "sample_ids": (ids.cpu(), 1, None, 2, None), "seed": (ids, 1, ids.cpu(), 2, None),
+        "position": (ids, 1, None, 2, ids.cpu()),
+    }.items():  # fmt: skip
+        with pytest.raises(RuntimeError, match=f"{name} is on another device than logits"):
+            operator(logits, *arguments, 1.0, 5, 0.9)
 
 
 def test_graph_replay(backend, device):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import DTYPES, LAYOUTS, close
@@ -376,6 +377,26 @@ def test_a_loop_over_steps_compiles_once(backend, device):
             assert counter.frame_count == compilations
 
 
+def test_numbers_of_numpy(backend, device):
+    x, e = pair((3, 4), torch.float32, device)
+    table, ids = table_of(0, device), torch.arange(3, device=device)
+    expected = ops.diffusion_step(x, e, table, step=2, seed=2**64 - 1, sample_ids=ids)
+    for step in (np.int64(2), np.uint8(2)):
+        for sample in (x, x.clone().requires_grad_()):
+            both_ = both(sample, e, table, step=step, seed=np.uint64(2**64 - 1), sample_ids=ids)
+            for actual in both_:
+                assert torch.equal(actual[0], expected)
+
+
+def test_a_clip_is_any_two_numbers(backend, device):
+    x, e = pair((3, 4), torch.float32, device)
+    table = table_of(0, device)
+    expected = ops.diffusion_step(x, e, table, step=2, clip=(-1.0, 1.0))
+    for clip in ([-1, 1], 1, np.float32(1.0), (np.float64(-1), np.int64(1))):
+        for actual in both(x, e, table, step=2, clip=clip):
+            assert torch.equal(actual[0], expected)
+
+
 def test_raw_operators_pass_opcheck(backend, device, namespace):
     library = getattr(torch.ops, namespace)
     x, e = pair((3, 8), torch.float32, device)
@@ -423,6 +444,10 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"clip": -1.0}, ValueError, "clip is -1.0"),
     ({"clip": (1.0, -1.0)}, ValueError, r"clip is \(1.0, -1.0\)"),
     ({"clip": math.nan}, ValueError, "clip is nan"),
+    ({"clip": [1]}, ValueError, r"clip is \[1\], but expected a number from 0 or \(low, high\)"),
+    ({"clip": [-1, 0, 1]}, ValueError, r"clip is \[-1, 0, 1\]"),
+    ({"clip": "ab"}, ValueError, "clip is ab"),
+    ({"step": "1"}, TypeError, "step is a str, but expected an int or an int64 tensor"),
 ]
 
 
