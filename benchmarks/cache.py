@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from measure import Case
+from measure import Case, compiled
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -34,7 +34,6 @@ def formula(query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_
 
 def cases(device: torch.device) -> Iterator[Case]:
     """Batches, widths, groups of heads, dtypes; and a short context, where the call itself is what costs."""
-    compiled, compiled_formula = torch.compile(eager), torch.compile(formula)
     shapes = [
         (1, 8, 8, 64, 4096, torch.bfloat16), (8, 8, 8, 64, 4096, torch.bfloat16), (1, 8, 8, 128, 4096, torch.bfloat16),
         (8, 8, 8, 128, 4096, torch.bfloat16), (8, 8, 2, 128, 4096, torch.bfloat16), (8, 8, 8, 64, 4096, torch.float16),
@@ -56,7 +55,11 @@ def cases(device: torch.device) -> Iterator[Case]:
 
         yield Case(
             f"attend, {str(dtype).removeprefix('torch.')}", f"{batch}x{heads}/{kv_heads}, {context}x{width}", ours,
-            {"SDPA": rival(eager), "SDPA compiled": rival(compiled), "formula compiled": rival(compiled_formula)},
+            {
+                "SDPA": rival(eager),
+                "SDPA compiled": rival(compiled(eager)),
+                "formula compiled": rival(compiled(formula)),
+            },
             2 * caches[0].numel() * caches[0].element_size(),
             {"SDPA": 4.0, "SDPA compiled": 1.0, "formula compiled": 1.0} if dtype == torch.bfloat16 else {},
         )  # fmt: skip

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
-from measure import Case
+from measure import Case, compiled
 from torch import Tensor
 
 from pygen import ops
@@ -24,8 +25,6 @@ def nflows_style(x: Tensor, raw_scale: Tensor, shift: Tensor) -> tuple[Tensor, T
 
 def cases(device: torch.device) -> Iterator[Case]:
     """Small calls, a training batch and a sampling batch."""
-    compiled = torch.compile(eager)
-    compiled_nflows = torch.compile(nflows_style)
     shapes = [(4, 8), (64, 3072), (64, 49_152)]
     if device.type == "cuda":
         shapes.append((256, 65_536))
@@ -40,7 +39,7 @@ def cases(device: torch.device) -> Iterator[Case]:
             lambda x=x, raw=raw, shift=shift: ops.affine(x, raw, shift),
             {
                 "eager": lambda x=x, raw=raw, shift=shift: eager(x, raw, shift),
-                "compiled": lambda x=x, raw=raw, shift=shift: compiled(x, raw, shift),
+                "compiled": partial(compiled(eager), x, raw, shift),
             },
             moved, targets,
         )  # fmt: skip
@@ -53,7 +52,7 @@ def cases(device: torch.device) -> Iterator[Case]:
             ),
             {
                 "eager": lambda x=x, raw=raw, shift=shift: nflows_style(x, raw, shift),
-                "compiled": lambda x=x, raw=raw, shift=shift: compiled_nflows(x, raw, shift),
+                "compiled": partial(compiled(nflows_style), x, raw, shift),
             },
             moved,
         )  # fmt: skip
@@ -63,13 +62,12 @@ def cases(device: torch.device) -> Iterator[Case]:
         def train(function: object, leaves: list[Tensor] = leaves, grads: tuple[Tensor, Tensor] = (grad_y, grad_ladj)):
             return torch.autograd.grad(function(*leaves), leaves, grads)
 
-        compiled_train = torch.compile(eager)
         yield Case(
             "affine forward + backward", f"({rows}, {width})",
             lambda train=train: train(ops.affine),
             {
                 "eager": lambda train=train: train(eager),
-                "compiled": lambda train=train, c=compiled_train: train(c),
+                "compiled": partial(train, compiled(eager)),
             },
             # forward 4, backward reads x, raw and grad_y, writes grad_x and grad_raw; grad_shift is grad_y itself
             4 * 9 * x.numel(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,19 @@ class Case:
     floor_bytes: int | None = None
     targets: dict[str, float] = dataclasses.field(default_factory=dict)
     note: str = ""
+
+
+def compiled(function: Any, backend: Any = "inductor") -> Any:
+    """`function` compiled for the static shapes of one case.
+
+    The compiler keeps its graphs by code object: one that cases share would turn to graphs of dynamic shape, and past
+    the recompile limit to eager PyTorch.
+    """
+    own = types.FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__,
+        function.__closure__,
+    )  # fmt: skip
+    return torch.compile(own, dynamic=False, backend=backend)
 
 
 def seconds(work: Work, repeats: int, device: torch.device) -> float:

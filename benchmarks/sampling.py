@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from measure import Case
+from measure import Case, compiled
 from torch import Tensor
 
 from pygen import ops
@@ -37,7 +38,6 @@ def transformers_way(top_k: int | None, top_p: float | None) -> Callable[[Tensor
 
 def cases(device: torch.device) -> Iterator[Case]:
     """Vocabularies of image codes and of text, each filter alone and both, steep and flat rows."""
-    compiled = torch.compile(eager)
     filters: list[tuple[str, int | None, float | None]] = [
         ("none", None, None), ("top-k 50", 50, None), ("top-p .95", None, 0.95), ("both", 50, 0.95),
     ]  # fmt: skip
@@ -48,7 +48,7 @@ def cases(device: torch.device) -> Iterator[Case]:
         for name, top_k, top_p in filters:
             rivals: dict[str, Callable[[], Tensor]] = {
                 "eager": lambda x=logits, k=top_k, p=top_p: eager(x, k, p),
-                "compiled": lambda x=logits, k=top_k, p=top_p: compiled(x, k, p),
+                "compiled": partial(compiled(eager), logits, top_k, top_p),
             }
             note = ""
             try:

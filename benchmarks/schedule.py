@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
-from measure import Case
+from measure import Case, compiled
 from torch import Tensor
 
 from pygen import ops
@@ -34,23 +35,22 @@ def eager_table(x: Tensor, e: Tensor, table: Tensor, step: Tensor) -> Tensor:
 
 def cases(device: torch.device) -> Iterator[Case]:
     """A call on a small tensor, a latent, a batch of latents, pictures."""
-    compiled, compiled_noisy, compiled_table = (torch.compile(f) for f in (eager, eager_noisy, eager_table))
     table = torch.tensor([ROW] * 4, device=device)
     x, e = (torch.randn(4, 8, device=device) for _ in range(2))
     yield Case(
         "diffusion step", "(4, 8)",
         lambda: ops.diffusion_step(x, e, table, step=1, clip=1.0),
-        {"eager": lambda: eager(x, e, ROW), "compiled": lambda: compiled(x, e, ROW)},
+        {"eager": lambda: eager(x, e, ROW), "compiled": partial(compiled(eager), x, e, ROW)},
         targets={"call": 10.0},
     )  # fmt: skip
     shapes = [(1, 4, 64, 64), (8, 4, 64, 64), (4, 3, 256, 256), (16, 16, 128, 128)]
     if device.type == "cuda":
         shapes.append((64, 16, 128, 128))
     for shape in shapes:
-        yield from on_shape(shape, device, table, compiled, compiled_noisy, compiled_table)
+        yield from on_shape(shape, device, table)
 
 
-def on_shape(shape, device, table, compiled, compiled_noisy, compiled_table) -> Iterator[Case]:
+def on_shape(shape, device, table) -> Iterator[Case]:
     x, e = (torch.randn(shape, device=device) for _ in range(2))
     name = str(shape)
     moved = 3 * 4 * x.numel()
@@ -58,28 +58,31 @@ def on_shape(shape, device, table, compiled, compiled_noisy, compiled_table) -> 
     yield Case(
         "diffusion step", name,
         lambda: ops.diffusion_step(x, e, table, step=1, clip=1.0),
-        {"eager": lambda: eager(x, e, ROW), "compiled": lambda: compiled(x, e, ROW)},
+        {"eager": lambda: eager(x, e, ROW), "compiled": partial(compiled(eager), x, e, ROW)},
         moved, target,
     )  # fmt: skip
     steps = torch.arange(shape[0], device=device) % 4
     yield Case(
         "diffusion step, a step per sample", name,
         lambda: ops.diffusion_step(x, e, table, step=steps, clip=1.0),
-        {"eager": lambda: eager_table(x, e, table, steps), "compiled": lambda: compiled_table(x, e, table, steps)},
+        {
+            "eager": lambda: eager_table(x, e, table, steps),
+            "compiled": partial(compiled(eager_table), x, e, table, steps),
+        },
         moved,
     )  # fmt: skip
     ids = torch.arange(shape[0], device=device)
     yield Case(
         "diffusion step, addressed noise", name,
         lambda: ops.diffusion_step(x, e, table, step=1, clip=1.0, seed=3, sample_ids=ids),
-        {"eager, randn": lambda: eager_noisy(x, e, ROW), "compiled, randn": lambda: compiled_noisy(x, e, ROW)},
+        {"eager, randn": lambda: eager_noisy(x, e, ROW), "compiled, randn": partial(compiled(eager_noisy), x, e, ROW)},
         moved,
     )  # fmt: skip
     half, half_e = x.bfloat16(), e.bfloat16()
     yield Case(
         "diffusion step, bfloat16", name,
         lambda: ops.diffusion_step(half, half_e, table, step=1, clip=1.0),
-        {"eager": lambda: eager(half, half_e, ROW), "compiled": lambda: compiled(half, half_e, ROW)},
+        {"eager": lambda: eager(half, half_e, ROW), "compiled": partial(compiled(eager), half, half_e, ROW)},
         moved // 2,
     )  # fmt: skip
     leaves = [torch.randn(shape, device=device).requires_grad_() for _ in range(2)]
@@ -93,7 +96,7 @@ def on_shape(shape, device, table, compiled, compiled_noisy, compiled_table) -> 
         lambda: train(lambda: ops.diffusion_step(*leaves, table, step=1, clip=1.0)),
         {
             "eager": lambda: train(lambda: eager(*leaves, ROW)),
-            "compiled": lambda: train(lambda: compiled(*leaves, ROW)),
+            "compiled": partial(train, partial(compiled(eager), *leaves, ROW)),
         },
         # forward 3, backward reads x, e and the gradient and writes two
         8 * 4 * x.numel(),
