@@ -28,6 +28,10 @@ target_compile_options(
     "$<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Wno-unknown-pragmas;-fno-math-errno;-fno-trapping-math;-fopenmp-simd>"
     "$<$<COMPILE_LANGUAGE:CXX>:-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=>"
     "$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;-Xcompiler=-fno-math-errno>")
+if(NOT CMAKE_SOURCE_DIR MATCHES " ")  # nvcc cannot hand on an option with a space in it
+  target_compile_options(
+    pygen_options INTERFACE "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=>")
+endif()
 if(CMAKE_CXX_COMPILER_ID STREQUAL GNU)
   # A note about an ABI change of GCC 4.6, once per vector argument.
   target_compile_options(pygen_options INTERFACE "$<$<COMPILE_LANGUAGE:CXX>:-Wno-psabi>")

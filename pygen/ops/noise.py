@@ -243,9 +243,10 @@ def _uniform_of_words(words: Tensor) -> Tensor:
 def _normal_pair(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
     # csrc/noise.h says why each step is as it is; every operation here is one float32 rounding there.
     u = ((radius_word >> 1).to(torch.float32) + 0.5) * 2.0**-31
-    bits = u.view(torch.int32) - 0x3F3504F3
-    exponent = (bits >> 23).to(torch.float32)
-    t = ((bits & 0x7FFFFF) + 0x3F3504F3).view(torch.float32) - 1.0
+    mantissa, power = torch.frexp(u)
+    below = mantissa < 0.70710676908493042  # the float32 at sqrt(1/2), 0x3F3504F3
+    exponent = (power - below.to(power.dtype)).to(torch.float32)
+    t = torch.where(below, mantissa * 2.0, mantissa) - 1.0
     square = t * t
     p = t * -0.17400719225406647 + 0.2853495180606842
     p = p * t + -0.2982957363128662
