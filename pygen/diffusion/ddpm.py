@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from pygen import ops
-from pygen.diffusion.levels import level_log_prob, level_moments
+from pygen.diffusion.levels import LevelMoments, level_log_prob
 from pygen.diffusion.schedule import (
     PREDICTIONS,
     SCHEDULES,
+    Prediction,
+    Schedule,
     alpha_sigma,
     denoising_coefficients,
     inversion_steps,
@@ -27,7 +29,8 @@ from pygen.diffusion.schedule import (
 from pygen.model import Density, GenerativeModel, ModelConfig, Stage
 from pygen.nn.unet import UNet, depth_for
 
-SAMPLERS = ("ddim", "ddpm")
+Sampler = Literal["ddim", "ddpm"]
+SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 
 # Elements of one network input in `log_prob`: larger batches leave the CPU's caches.
 _BOUND_ELEMENTS = 1 << 17
@@ -50,9 +53,9 @@ class DiffusionConfig(ModelConfig):
     """
 
     timesteps: int = 4000
-    schedule: str = "cosine"
-    prediction: str = "v"
-    sampler: str = "ddim"
+    schedule: Schedule = "cosine"
+    prediction: Prediction = "v"
+    sampler: Sampler = "ddim"
     eta: float = 0.0
     sample_steps: int = 64
     bound_draws: int = 32
@@ -84,7 +87,7 @@ class DiffusionConfig(ModelConfig):
 class Diffusion(GenerativeModel):
     """A denoising diffusion model behind the contract of the five families.
 
-    The network does not start from nothing: `levels.level_moments` says what each noisy value alone tells of its grey
+    The network does not start from nothing: `levels.LevelMoments` says what each noisy value alone tells of its grey
     level, mean m and deviation d, and the network's output r corrects it from the context: x_0 is predicted as m + d r.
     With `prediction` that x_0 is turned into the model output e (v or epsilon), so the two differ in the loss alone.
 
@@ -109,6 +112,7 @@ class Diffusion(GenerativeModel):
             attention=config.attention,
             dropout=config.dropout,
         )
+        self.moments = LevelMoments(config.levels)
         self.sampler, self.eta = config.sampler, config.eta
         self._log_snr = log_snr_table(config.schedule, config.timesteps, config.levels)
         self._tables: dict[tuple[str, int, float, torch.device], tuple[Tensor, Tensor]] = {}
@@ -127,7 +131,7 @@ class Diffusion(GenerativeModel):
         x: (n, channels, height, width) at times t, int64 (n,) in 1 .. T. condition: int64 (n,) labels or None.
         """
         log_snr, alpha, sigma, c0, c1, *_ = self._at(t)
-        mean, deviation = level_moments(x, alpha, sigma, self.config.levels)
+        mean, deviation = self.moments(x, alpha, sigma)
         correction = self.network(torch.cat((x, mean), 1), log_snr.flatten(), condition)
         output: Tensor = (mean + deviation * correction.to(x.dtype) - c0 * x) / c1
         return output
@@ -230,7 +234,7 @@ class Diffusion(GenerativeModel):
         A picture is a cell of values and its whole cell flows from a region of the prior; this is the middle of it. The
         way back differs from x by the discretization, the less the more steps.
         """
-        z, condition = self._checked(x, "x", condition)
+        z, condition = self._checked(x, condition)
         times, table = self.steps_up(steps)
         for index in range(len(times)):
             z = self.step(z, index, times, table, condition)
@@ -239,7 +243,9 @@ class Diffusion(GenerativeModel):
     @torch.no_grad()
     def decode(self, z: Tensor, *, condition: Tensor | None = None, steps: int | None = None) -> Tensor:
         """The picture of prior points z (n, channels, height, width): DDIM with eta = 0, whatever the sampler."""
-        x, condition = self._checked(z, "z", condition)
+        if z.ndim != 4 or tuple(z.shape[1:]) != self.config.shape:
+            raise ValueError(f"z has shape {tuple(z.shape)}, but expected (n, {str(self.config.shape)[1:]}")
+        x, condition = self._checked(z.to(self._times.dtype), condition)
         times, table = self.steps_down(steps, eta=0.0)
         for index in range(len(times)):
             x = self.step(x, index, times, table, condition)
@@ -253,7 +259,7 @@ class Diffusion(GenerativeModel):
         `schedule.time_shares` and weighted for it.
         """
         self.check_player(player)
-        x, condition = self._checked(x, "x", condition)
+        x, condition = self._checked(x, condition)
         n = len(x)
         spread = (torch.randperm(n, device=x.device) + torch.rand(n, device=x.device)) / n
         t = self._times_at(spread)
@@ -276,7 +282,7 @@ class Diffusion(GenerativeModel):
         `config.bound_draws` terms are drawn and weighted, one from each of as many stretches of time that
         `schedule.time_shares` makes equal.
         """
-        x, condition = self._checked(x, "x", condition)
+        x, condition = self._checked(x, condition)
         n, config = len(x), self.config
         ids = self.resolve_ids(n, ids)
         first = torch.ones(n, dtype=torch.int64, device=x.device)
@@ -336,10 +342,6 @@ class Diffusion(GenerativeModel):
         times, table = steps
         self._tables[key] = (times.to(self.device), table.to(self.device))
 
-    def _checked(self, x: Tensor, name: str, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if x.dim() != 4 or tuple(x.shape[1:]) != self.config.shape:
-            expected = ", ".join(str(size) for size in self.config.shape)
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, but expected (n, {expected})")
-        if not x.is_floating_point():
-            raise TypeError(f"{name} is {x.dtype}, but expected floats in [-1, 1]")
+    def _checked(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        x = self.check_pictures(x)
         return x, self.check_condition(condition, len(x))

@@ -8,12 +8,15 @@ clean picture, alpha_0 = 1, sigma_0 = 0, lambda_0 = infinity.
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-PREDICTIONS = ("v", "epsilon")
-SCHEDULES = ("cosine", "linear")
+Prediction = Literal["v", "epsilon"]
+PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
+Schedule = Literal["cosine", "linear"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 
 def cosine_log_snr(timesteps: int, *, lowest: float, highest: float) -> Tensor:

@@ -369,8 +369,19 @@ def test_bad_input_is_refused_in_one_sentence(call, message):
 
 
 def test_whole_numbers_are_no_pictures():
-    with pytest.raises(TypeError, match=r"x is torch.int64, but expected floats in \[-1, 1\]"):
+    with pytest.raises(TypeError, match=r"x has dtype torch.int64, but expected a floating-point"):
         small().loss(torch.zeros(2, 1, 6, 5, dtype=torch.int64), condition=labels(2))
+
+
+def test_double_pictures_are_taken():
+    model = small(bound_draws=3)
+    x, label = pictures(model, 2), labels(2)
+    double = x.double()
+    assert torch.equal(model.log_prob(double, condition=label), model.log_prob(x, condition=label))
+    assert model.loss(double, condition=label).dtype == torch.float32
+    z = model.encode(double, condition=label)
+    assert torch.equal(z, model.encode(x, condition=label))
+    assert torch.equal(model.decode(z.double(), condition=label), model.decode(z, condition=label))
 
 
 @pytest.mark.parametrize(
@@ -393,8 +404,9 @@ def test_a_configuration_that_cannot_work_is_refused(setting, message):
         DiffusionConfig(**setting)
 
 
-def test_loss_log_prob_and_one_step_compile_whole():
-    model = small(shape=(1, 4, 4), bound_draws=1, sampler="ddpm", attention=False)
+@pytest.mark.parametrize("levels", [5, 256])
+def test_loss_log_prob_and_one_step_compile_whole(levels):
+    model = small(shape=(1, 4, 4), levels=levels, bound_draws=1, sampler="ddpm", attention=False)
     x, label, ids = pictures(model, 3), labels(3), torch.arange(3)
     times, table = model.steps_down(5)
 
