@@ -75,6 +75,9 @@ class GenerativeModel(nn.Module):
     """
 
     density: ClassVar[Density]
+    # Whether `log_prob` speaks of the picture itself; False where it is the density at a point in the picture's cell,
+    # which even of an EXACT model only bounds the probability of the picture from below, on average.
+    discrete: ClassVar[bool] = True
     PLAYERS: ClassVar[tuple[str, ...]] = ("model",)
     config: ModelConfig
 

@@ -98,6 +98,7 @@ class RealNVP(GenerativeModel):
     """
 
     density = Density.EXACT
+    discrete = False
     config: RealNVPConfig
 
     def __init__(self, config: RealNVPConfig | None = None) -> None:

@@ -51,7 +51,7 @@ class Checkpoint:
     step: training steps done.
     seconds: time spent training so far.
     training: the run's TrainingConfig as plain values.
-    data: name, origin (see `data.reload_data`) and fingerprint of the data.
+    data: name, origin (see `data.reload_data`), fingerprint and class_names of the data.
     history: what the loop recorded.
     weights, average: tensors by their name in the model.
     optimizers: moments by "player/parameter/moment".
@@ -152,6 +152,19 @@ def find_checkpoint(path: str | Path) -> Path:
 def has_checkpoint(folder: Path) -> bool:
     """Whether a run's folder has a latest checkpoint, be it damaged or not."""
     return (folder / LATEST).exists()
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make a run's folder, and write and remove a file in it; CheckpointError where the disk refuses either."""
+    probe = folder / f"{_UNFINISHED[0]}probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} cannot be written ({error.strerror or error}), but expected a folder for what training keeps"
+        ) from error
 
 
 def remove_unfinished(folder: Path) -> None:

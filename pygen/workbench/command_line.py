@@ -68,15 +68,15 @@ class UserError(Exception):
 class Compare:
     """Train the families on the same data and compare them.
 
-    Each family trains on the same 80 % of the data for a fixed number of steps, chosen so that all take about the
-    same time, and is held against the other 20 %. The folder gets report.html, summary.json, the figures and one
-    checkpoint per family. The same seed gives the same numbers, times apart.
+    Each family trains on the same 80 % of the data for a fixed number of steps, and is held against the other 20 %.
+    The folder gets report.html, summary.json, the figures and one checkpoint per family. The same seed gives the same
+    numbers, times apart.
     """
 
     data: str = "digits"
     """What to train on: digits, photographs, a folder of images, or an IDX or NPZ file."""
     out: Path = Path("runs/compare")
-    """Folder for the report and everything beside it."""
+    """Folder for the report and everything beside it; the checkpoints of an earlier comparison in it are replaced."""
     families: tuple[Family, ...] = FAMILY_NAMES
     """Which families, by name."""
     size: int | None = None
@@ -127,6 +127,9 @@ class Evaluate:
     """Folder that training wrote."""
     data: str | None = None
     """Other data than the model was trained on; the held-out fifth of either is used."""
+    size: int | None = None
+    """For --data that is a folder of images: scale and crop each to this many pixels square; by default to the size
+    that the model makes."""
     steps: int | None = None
     """Network passes to spend on each sample, where the family can choose (diffusion)."""
     seed: int = 0
@@ -166,12 +169,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, MissingDependency, ValueError, OSError) as error:
         print(f"pygen: {_sentence(error)}", file=sys.stderr)
         return 2
+    except (RuntimeError, MemoryError) as error:
+        said = _of_the_run(error)
+        if said is None:
+            raise
+        print(f"pygen: {said}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\npygen: stopped", file=sys.stderr)
         return 130
 
 
 def _compare(arguments: list[str]) -> int:
+    if any(argument.partition("=")[0] == "--family" for argument in arguments):
+        raise UserError("there is no option --family: did you mean --families?")
     options = _parse(Compare, "compare", arguments)
     if not options.families:
         raise UserError(f"--families is empty, but expected some of {', '.join(FAMILY_NAMES)}")
@@ -197,12 +208,18 @@ def _train(arguments: list[str]) -> int:
             file=sys.stdout if arguments else sys.stderr,
         )
         return 0 if arguments else 2
+    if arguments[0].startswith("-"):
+        named = next((argument for argument in arguments if argument in FAMILY_NAMES), "FAMILY")
+        raise UserError(f"{arguments[0]} stands before the family, but expected pygen train {named} [OPTIONS]")
     family = _known(arguments[0], FAMILY_NAMES, "family")
     from pygen.workbench import recipes
+    from pygen.workbench.checkpoint import has_checkpoint
     from pygen.workbench.data import load_data
 
     options = _parse(_train_options(family), f"train {family}", arguments[1:])
     train, _ = load_data(options.data, size=options.size).split()
+    if options.resume and not has_checkpoint(options.out):
+        _say(f"{options.out} holds no checkpoint to resume: training starts at the first step")
     recipes.train_family(
         family,
         train,
@@ -211,6 +228,7 @@ def _train(arguments: list[str]) -> int:
         model={field.name: getattr(options.model, field.name) for field in dataclasses.fields(options.model)},
         resume=options.resume,
         device=_device(options.device),
+        tensorboard=options.tensorboard,
     )
     print(options.out)
     return 0
@@ -260,18 +278,29 @@ def _sample(arguments: list[str]) -> int:
 
 def _evaluate(arguments: list[str]) -> int:
     options = _parse(Evaluate, "evaluate", arguments)
+    if options.size is not None and options.data is None:
+        raise UserError(f"--size is {options.size}, but expected --data with it: the model's own data has its size")
     model = _load(options.checkpoint, options.device)
+    import torch
+
     from pygen.workbench.checkpoint import load_checkpoint
-    from pygen.workbench.data import load_data, reload_data
-    from pygen.workbench.evaluation import Judge, evaluate
+    from pygen.workbench.data import is_picture_folder, load_data, reload_data
+    from pygen.workbench.evaluation import Judge, check_fit, draw, evaluate
     from pygen.workbench.report import terminal_table
 
+    facts = load_checkpoint(options.checkpoint).data
     if options.data is None:
-        origin = dict(load_checkpoint(options.checkpoint).data["origin"])
-        train, test = reload_data(origin, part="train"), reload_data(origin, part="test")
+        train, test = (reload_data(dict(facts["origin"]), part=part) for part in ("train", "test"))
     else:
-        train, test = load_data(options.data).split()
-    judge = Judge(train, test, seed=options.seed)
+        _, height, width = model.config.shape
+        own = height if height == width and is_picture_folder(options.data) else None
+        train, test = load_data(options.data, size=own if options.size is None else options.size).split()
+    # What does not fit is found before the judge trains.
+    check_fit(model, train, facts.get("class_names", ()))
+    if options.steps is not None:
+        draw(model, torch.arange(1), seed=options.seed, steps=options.steps)
+    judge = Judge(train, test, seed=options.seed, say=_say)
+    _say(f"drawing and judging {judge.count} samples of {type(model).__name__}")
     result, _ = evaluate(model, judge, seed=options.seed, steps=options.steps)
     rows = {type(model).__name__: dataclasses.asdict(result)}
     rows |= {
@@ -313,6 +342,11 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "info": _info,
     "bench": _bench,
 }
+
+
+def _say(text: str) -> None:
+    """A line on stderr: stdout is for what was asked for."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def _known(name: str, names: Any, what: str) -> Any:
@@ -389,6 +423,7 @@ def _train_options(family: Family) -> Any:
         ("size", option(int | None, "For a folder of images: scale and crop each to this many pixels square."), None),
         ("out", option(Path, "Folder for checkpoints."), Path("runs") / family),
         ("resume", option(bool, "Go on from the last checkpoint in the folder, bit for bit."), False),
+        ("tensorboard", option(bool, "Also write the losses to the folder's tensorboard."), False),
         ("device", option(str, "cpu, cuda, or auto: cuda where there is one."), "auto"),
         ("training", Annotated[type(training), tyro.conf.arg(name="")], training),
         ("model", model, model()),
@@ -426,6 +461,20 @@ def _load(checkpoint: Path, device: str) -> GenerativeModel:
     from pygen.workbench.checkpoint import load_model
 
     return load_model(checkpoint, ema=True).to(chosen).eval()
+
+
+def _of_the_run(error: RuntimeError | MemoryError) -> str | None:
+    """The sentence for what went wrong in training or sampling and the user can mend, or None for any other error."""
+    run, torch = sys.modules.get("pygen.workbench.run"), sys.modules.get("torch")
+    text = _sentence(error)
+    if run is not None and isinstance(error, run.TrainingDiverged):
+        return text
+    # PyTorch has a class of its own for a full GPU, but not for full main memory.
+    full = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    if full or isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return "the memory of the device is full: try smaller pictures, a smaller model or a smaller batch"
+    # What the autoregressive model says of weights that it cannot sample from.
+    return text if text.endswith("the parameters are not finite") else None
 
 
 def _sentence(error: BaseException) -> str:

@@ -1,15 +1,17 @@
-"""The main job: train the families on the same pictures for about the same time, and hold them beside each other."""
+"""The main job: train the families on the same pictures, each for its number of steps, and hold them together."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,12 @@ from torch import Tensor
 
 import pygen
 from pygen.model import Density, GenerativeModel, Stage
-from pygen.workbench import figures, report
+from pygen.workbench import figures, report, require
+from pygen.workbench.checkpoint import prepare_folder
 from pygen.workbench.data import Dataset
 from pygen.workbench.evaluation import Judge, evaluate, quality_with_steps
 from pygen.workbench.information import library_versions, processor_name
-from pygen.workbench.recipes import RECIPES, train_family, training_for
+from pygen.workbench.recipes import RECIPES, build_family, train_family, training_for
 from pygen.workbench.training import TrainingConfig
 
 STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -45,18 +48,40 @@ def compare(
     Writes report.html, summary.json, samples_<family>.png, crossing.png, passes.svg and a folder of checkpoints for
     each family, and prints the table and the path of the report. The split of the data is the same for every seed.
 
-    Raises ValueError for an unknown budget, no families, or data that cannot be split, before any training.
+    Raises ValueError for an unknown budget, no families, data that cannot be split or pictures that a family refuses,
+    CheckpointError for a folder that cannot be written, and MissingDependency, all before any training.
     """
     if not families:
         raise ValueError("families is empty, but expected at least one name")
     training = {family: training_for(family, budget=budget, seed=seed) for family in families}
     start = time.perf_counter()
     train, test = data.split()
-    out.mkdir(parents=True, exist_ok=True)
-    say = print if progress else _silent
+    for family in families:
+        try:
+            build_family(family, train, seed=seed)
+        except ValueError as error:
+            raise ValueError(f"the family {family} does not take the pictures of {data.name}: {error}") from error
+    for module in ("matplotlib.figure", "PIL.Image", "torchmetrics.image.fid"):
+        require(module, "a comparison")
+    prepare_folder(out)
+    with _threads(math.prod(train.shape)):
+        return _compare(train, test, out, training, start, budget, seed, device, progress)
 
-    say(f"{data.name}: {len(train)} pictures to train on, {len(test)} held out; training the judge", flush=True)
-    judge = Judge(train, test, seed=seed)
+
+def _compare(
+    train: Dataset,
+    test: Dataset,
+    out: Path,
+    training: Mapping[str, TrainingConfig],
+    start: float,
+    budget: str,
+    seed: int,
+    device: torch.device | str,
+    progress: bool,
+) -> dict[str, Any]:
+    families = list(training)
+    say = print if progress else _silent
+    judge = Judge(train, test, seed=seed, say=functools.partial(say, flush=True))
     real, noise = judge.score(judge.real, judge.labels), judge.score(judge.noise(seed=seed))
     if judge.accuracy is not None:
         say(f"the judge reads {judge.accuracy:.1%} of the held-out pictures correctly", flush=True)
@@ -70,11 +95,9 @@ def compare(
         shutil.rmtree(folder, ignore_errors=True)
         trained = train_family(family, train, training=training[family], out=folder, device=device, progress=progress)
         passes = trained.ema.network_passes()
-        name = f"[{number}/{len(families)}] {figures.TITLES[family]}"
-        say(
-            f"{name}: judging {judge.count} samples, {passes} network pass{'' if passes == 1 else 'es'} each",
-            flush=True,
-        )
+        title = f"[{number}/{len(families)}] {figures.TITLES[family]}"
+        each = f"{passes} network pass{'' if passes == 1 else 'es'} each"
+        say(f"{title}: judging {judge.count} samples, {each}", flush=True)
         result, samples[family] = evaluate(trained.ema, judge, seed=seed)
         rows[family] = {**dataclasses.asdict(result), "train_seconds": trained.seconds}
         models[family] = trained.ema
@@ -91,7 +114,7 @@ def compare(
         "seed": seed,
         "budget": budget,
         "data": {
-            "name": data.name,
+            "name": train.name,
             "shape": list(train.shape),
             "levels": train.levels,
             "classes": train.classes,
@@ -100,7 +123,11 @@ def compare(
             "test": len(test),
             "judged": judge.count,
         },
-        "classifier": {"accuracy": judge.accuracy, "features": judge.classifier.num_features},
+        "classifier": {
+            "accuracy": judge.accuracy,
+            "features": judge.classifier.num_features,
+            "classes": judge.classifier.classes,
+        },
         "steps_curve": curve,
         "recipes": {family: _shown(config, RECIPES[family].model) for family, config in training.items()},
         "versions": {
@@ -110,6 +137,22 @@ def compare(
         },
     }
     return _write(summary, out, judge, models, samples, test, start=start, seed=seed, say=say)
+
+
+@contextlib.contextmanager
+def _threads(dimensions: int) -> Iterator[None]:
+    """One thread of PyTorch for small pictures, and the number there was after it.
+
+    Networks this small lose more to waking a second thread than they gain by it, and on one thread the numbers do not
+    depend on how many cores there are.
+    """
+    before = torch.get_num_threads()
+    if dimensions < report.SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def machine(device: torch.device | str) -> dict[str, Any]:
@@ -132,7 +175,8 @@ def _shown(training: TrainingConfig, model: Mapping[str, Any]) -> dict[str, Any]
 
 def _yardstick(quality: Mapping[str, Any], density: str | None, bits: float | None) -> dict[str, Any]:
     costs = ("bits_error", "sample_seconds", "network_passes", "train_seconds", "parameters")
-    return {**quality, "density": density, "bits_per_dim": bits, **dict.fromkeys(costs)}
+    kind = None if bits is None else "exact"
+    return {**quality, "density": density, "bits_per_dim": bits, "bits_kind": kind, **dict.fromkeys(costs)}
 
 
 def _curve(
@@ -167,6 +211,9 @@ def _write(
     ink = figures.is_ink(judge.real)
     shown, columns = in_columns(test.labels, test.classes, len(test))
     shown_real = judge.test[shown]
+    for family in figures.TITLES.keys() - samples.keys():
+        # Of an earlier comparison in this folder, beside whose report it would look like part of this one.
+        (out / f"samples_{family}.png").unlink(missing_ok=True)
     sheets = {"real": figures.sheet_png(shown_real, columns, ink=ink)}
     for family, pictures in samples.items():
         drawn = pictures[in_columns(judge.labels, test.classes, judge.count)[0]]

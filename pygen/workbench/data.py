@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from torch import Tensor
 from pygen.workbench import sources
 from pygen.workbench.sources import DataError, Source
 
-__all__ = ["DataError", "Dataset", "load_data", "permutation", "reload_data"]
+__all__ = ["DataError", "Dataset", "is_picture_folder", "load_data", "permutation", "reload_data"]
 
 BUILT_IN = ("digits", "photographs")
 
@@ -100,13 +102,15 @@ class Dataset:
         The test part has round(fraction * n) pictures, and of each class within one of that share; both keep the order
         of the data. Raises ValueError if a part would be empty.
         """
+        if not 0 < fraction < 1:
+            raise ValueError(f"fraction is {fraction}, but expected a number between 0 and 1")
+        if not 0 < round(len(self) * fraction) < len(self):
+            raise ValueError(
+                f"{self.name} has {_pictures(len(self))}, but at least {_fewest(fraction)} are needed to train on some "
+                "and hold out others"
+            )
         test = self._test_rows(fraction, seed)
         train = np.setdiff1d(np.arange(len(self)), test)
-        if not 0 < len(test) < len(self):
-            raise ValueError(
-                f"fraction is {fraction}, which leaves {len(train)} pictures of {self.name} for training and "
-                f"{len(test)} for the test, but expected at least one in each"
-            )
         part = {"fraction": fraction, "seed": seed}
         return self._part(train, {**part, "part": "train"}), self._part(test, {**part, "part": "test"})
 
@@ -191,6 +195,23 @@ def permutation(n: int, seed: int, epoch: int = 0) -> Tensor:
     start = _mix(_mix(root) + np.uint64(epoch))
     keys = _mix(start + np.arange(n, dtype=np.uint64))
     return torch.from_numpy(np.argsort(keys, kind="stable"))
+
+
+def is_picture_folder(spec: str | Path) -> bool:
+    """Whether `load_data` would read a folder of image files, which is what a size applies to."""
+    path = Path(spec).expanduser()
+    return str(spec) not in BUILT_IN and path.is_dir() and sources.idx_file_in(path) is None
+
+
+def _pictures(n: int) -> str:
+    return f"{n} picture{'' if n == 1 else 's'}"
+
+
+def _fewest(fraction: float) -> int:
+    """How many pictures a split needs so that rounding leaves no part empty."""
+    return next(
+        n for n in itertools.count(math.floor(0.5 / min(fraction, 1 - fraction))) if 0 < round(n * fraction) < n
+    )
 
 
 def _mix(z: NDArray[Any]) -> NDArray[np.uint64]:

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import statistics
 import time
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ CHUNK = 500
 # Logits over the levels of one chunk, for the families that make them all at once: 128 MiB in float32.
 CHUNK_LOGITS = 1 << 25
 SPREAD = 100.0
+# The third nearest neighbour of a picture needs three others, and a fifth of 18 pictures is these four.
+HELD_OUT, FEWEST = 4, 18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +37,8 @@ class Quality:
     """Share of the pictures that look real."""
     recall: float
     """Share of the test pictures that these pictures come near."""
-    coverage: float
-    """Share of the classes shown with at least half of their real frequency."""
+    coverage: float | None
+    """Share of the classes shown with at least half of their real frequency; None for data without labels."""
     agreement: float | None
     """Share of the pictures that the classifier reads as the class they were made for."""
 
@@ -47,7 +50,9 @@ class Evaluation(Quality):
     density: str
     """What the model can say of p(x): "implicit", "lower bound" or "exact"."""
     bits_per_dim: float | None
-    """Mean over the test split; a lower bound on p(x) makes it an upper bound; None without a density."""
+    """Mean over the test split; None without a density."""
+    bits_kind: str | None
+    """"exact" for the cost of the discrete pictures themselves, "bound" for an upper bound on it."""
     bits_error: float | None
     """Standard error of that mean over the test pictures."""
     sample_seconds: float
@@ -62,22 +67,41 @@ class Judge:
     """A classifier of the training split, and the features of the test split to hold pictures against.
 
     Every set that is judged has as many pictures as the training split (`limit` at most), with its labels, so that the
-    training split itself is a fair row to beat: sizes and class frequencies are the same, and only the pictures differ.
+    training split itself is a row to hold them against: sizes and class frequencies are the same, and only the pictures
+    differ. `say` is told when the classifier's training begins.
+
+    Raises ValueError for data with too few pictures to measure anything.
     """
 
-    def __init__(self, train: Dataset, test: Dataset, *, seed: int = 0, limit: int = 2000) -> None:
+    def __init__(
+        self,
+        train: Dataset,
+        test: Dataset,
+        *,
+        seed: int = 0,
+        limit: int = 2000,
+        say: Callable[[str], object] = lambda text: None,
+    ) -> None:
+        if min(len(train), len(test)) < HELD_OUT:
+            raise ValueError(
+                f"{test.name} has {len(train) + len(test)} pictures, {len(test)} of them held out, but at least "
+                f"{FEWEST} are needed, {HELD_OUT} of them held out"
+            )
+        say(f"{train.name}: {len(train)} pictures to train on, {len(test)} held out; training the judge")
+        self.data = train
         self.levels = train.levels
-        self.shape = train.shape
         chosen = spread(len(train), limit)
         self.real = train.values(chosen)
         self.labels = None if train.labels is None else train.labels[chosen]
         self.test = test.values()
         self.test_labels = test.labels
         self.classifier: Classifier = train_classifier(train.values(), train.labels, train.classes, seed=seed)
-        features, predicted = self.classifier.read(self.test)
-        self.scale = math.sqrt(SPREAD / float(features.double().var(0).sum()))
+        features, _ = self.classifier.read(self.test)
+        total = float(features.double().var(0).sum())
+        if total == 0:
+            raise ValueError(f"the held-out pictures of {test.name} are all alike, but expected some that differ")
+        self.scale = math.sqrt(SPREAD / total)
         self.test_features = features.double() * self.scale
-        self.test_classes = predicted if test.labels is None else test.labels
         self.accuracy = None if test.labels is None else accuracy(self.classifier, self.test, test.labels)
 
     @property
@@ -100,8 +124,38 @@ class Judge:
             frechet=frechet_distance(self.test_features, features),
             precision=manifold.precision,
             recall=manifold.recall,
-            coverage=class_coverage(self.test_classes, predicted, self.classifier.classes),
+            # The classes of a pretext are none of the data's: covering them would say nothing.
+            coverage=None
+            if self.test_labels is None
+            else class_coverage(self.test_labels, predicted, self.classifier.classes),
             agreement=None if labels is None else float((predicted == labels).double().mean()),
+        )
+
+
+def check_fit(model: GenerativeModel, data: Dataset, class_names: Sequence[str] = ()) -> None:
+    """ValueError, in one sentence, where the model was built for other pictures or other classes than the data's.
+
+    class_names: what the labels stood for in training, where that is known; a model without classes takes any.
+    """
+    config = model.config
+    if (config.shape, config.levels) != (data.shape, data.levels):
+        raise ValueError(
+            f"the model makes pictures of shape {config.shape} with {config.levels} grey values, "
+            f"but {data.name} has shape {data.shape} with {data.levels}"
+        )
+    if config.classes is None:
+        return
+    if config.classes != data.classes:
+        raise ValueError(
+            f"the model was trained with {config.classes} classes, but {data.name} has {data.classes or 'none'}"
+        )
+    if class_names and tuple(class_names) != tuple(data.class_names):
+        label = next(
+            i for i, (ours, theirs) in enumerate(zip(class_names, data.class_names, strict=False)) if ours != theirs
+        )
+        raise ValueError(
+            f"the model was trained with class {label} as {class_names[label]!r}, but in {data.name} that is "
+            f"{data.class_names[label]!r}"
         )
 
 
@@ -152,6 +206,11 @@ def bits_per_dim(
     return float(bits.mean()), float(bits.std() / math.sqrt(len(bits)))
 
 
+def bits_kind(model: GenerativeModel) -> str:
+    """What the bits of a model with a density are: "exact", or "bound", which the true cost of a picture is at most."""
+    return "exact" if model.density is Density.EXACT and model.discrete else "bound"
+
+
 @torch.no_grad()
 def seconds_per_100(model: GenerativeModel, *, seed: int = 0, steps: int | None = None, calls: int = 4) -> float:
     """Wall-clock seconds for 100 samples in one batch: the median of the calls after the first, or of a single one.
@@ -176,14 +235,9 @@ def evaluate(
 ) -> tuple[Evaluation, Tensor]:
     """The evaluation of a model, and the samples (n, channels, height, width) that it rests on, on the CPU.
 
-    Raises ValueError when the model was built for pictures of another shape or another number of grey values.
+    Raises ValueError when the model was built for other pictures or classes than the judge's.
     """
-    expected = (judge.shape, judge.levels)
-    if (model.config.shape, model.config.levels) != expected:
-        raise ValueError(
-            f"the model makes pictures of shape {model.config.shape} with {model.config.levels} grey values, "
-            f"but the data has shape {expected[0]} with {expected[1]}"
-        )
+    check_fit(model, judge.data)
     samples = draw(model, torch.arange(judge.count), judge.labels, seed=seed, steps=steps)
     bits = bits_per_dim(model, judge.test, judge.test_labels, seed=seed)
     quality = judge.score(samples, judge.labels if model.config.classes is not None else None)
@@ -191,6 +245,7 @@ def evaluate(
         **dataclasses.asdict(quality),
         density=model.density.value,
         bits_per_dim=None if bits is None else bits[0],
+        bits_kind=None if bits is None else bits_kind(model),
         bits_error=None if bits is None else bits[1],
         sample_seconds=seconds_per_100(model, seed=seed, steps=steps),
         network_passes=model.network_passes(steps),

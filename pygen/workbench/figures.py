@@ -9,12 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from pygen.model import Stage
+from pygen.workbench import require
 
 TITLES = {
     "gan": "GAN",
@@ -72,10 +70,8 @@ def sheet(pictures: Tensor, columns: int, *, ink: bool = False) -> np.ndarray[An
 
 def sheet_png(pictures: Tensor, columns: int, *, ink: bool = False, zoom: int = 5) -> bytes:
     """`sheet` as PNG, each value `zoom` pixels wide."""
-    from PIL import Image
-
     canvas = (sheet(pictures, columns, ink=ink) * 255).round().astype(np.uint8)
-    image = Image.fromarray(canvas.repeat(zoom, 0).repeat(zoom, 1))
+    image = require("PIL.Image", "PNG files").fromarray(canvas.repeat(zoom, 0).repeat(zoom, 1))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
@@ -83,11 +79,11 @@ def sheet_png(pictures: Tensor, columns: int, *, ink: bool = False, zoom: int = 
 
 def samples_beside_real(samples: Tensor, real: Tensor, title: str, *, columns: int, ink: bool = False) -> bytes:
     """PNG of a sheet of samples beside a sheet of real pictures, both (n, channels, height, width)."""
-    with rc_context(STYLE):
+    with _style():
         sheets = [sheet(real, columns, ink=ink), sheet(samples, columns, ink=ink)]
         height, width = sheets[0].shape[:2]
         inches = 3.4
-        figure = Figure(figsize=(2 * inches + 0.5, inches * height / width + 0.45), layout="constrained")
+        figure = _figure(figsize=(2 * inches + 0.5, inches * height / width + 0.45), layout="constrained")
         for i, (canvas, name) in enumerate(zip(sheets, ("Real, held out", title), strict=True)):
             axes = figure.add_subplot(1, 2, i + 1)
             axes.imshow(canvas, interpolation="nearest")
@@ -98,10 +94,10 @@ def samples_beside_real(samples: Tensor, real: Tensor, title: str, *, columns: i
 
 def crossing(ways: Mapping[str, Sequence[Stage]], *, ink: bool = False, stops: int = 12) -> bytes:
     """PNG with one band per family: the stages of a few samples from Z, left, to X, right, at most `stops` of them."""
-    with rc_context(STYLE):
+    with _style():
         rows = max(len(stages[-1].values) for stages in ways.values())
         columns = min(stops, max(len(stages) for stages in ways.values()))
-        figure = Figure(figsize=(0.84 * columns + 1.5, len(ways) * (rows * 0.76 + 0.62)))
+        figure = _figure(figsize=(0.84 * columns + 1.5, len(ways) * (rows * 0.76 + 0.62)))
         bands = figure.subfigures(len(ways), 1, squeeze=False)[:, 0]
         for band, (family, stages) in zip(bands, ways.items(), strict=True):
             _band(band, family, stages, columns=columns, rows=rows, ink=ink)
@@ -119,8 +115,8 @@ def quality_against_passes(
 
     curve: one entry per number of steps of the diffusion model; points: (passes, seconds, Frechet distance) per family.
     """
-    with rc_context(STYLE):
-        figure = Figure(figsize=(9.2, 3.7), layout="constrained")
+    with _style():
+        figure = _figure(figsize=(9.2, 3.7), layout="constrained")
         left = figure.add_subplot(1, 2, 1)
         right = figure.add_subplot(1, 2, 2, sharey=left)
         for axes, key, which in ((left, "network_passes", 0), (right, "sample_seconds", 1)):
@@ -150,6 +146,14 @@ def quality_against_passes(
         left.set_ylim(low / 1.4, high * 1.2)
         figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
         return _save(figure, "svg")
+
+
+def _style() -> Any:
+    return require("matplotlib", "the figures of a comparison").rc_context(STYLE)
+
+
+def _figure(**settings: Any) -> Any:
+    return require("matplotlib.figure", "the figures of a comparison").Figure(**settings)
 
 
 def _band(band: Any, family: str, stages: Sequence[Stage], *, columns: int, rows: int, ink: bool) -> None:
@@ -227,12 +231,12 @@ def _as_rgb(picture: Tensor, *, ink: bool) -> np.ndarray[Any, Any]:
     return rows
 
 
-def _plain_ticks(axes: Axes, ticks: Sequence[float]) -> None:
+def _plain_ticks(axes: Any, ticks: Sequence[float]) -> None:
     axes.set_xticks(list(ticks), [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
 
 
-def _save(figure: Figure, kind: str) -> bytes:
+def _save(figure: Any, kind: str) -> bytes:
     buffer = io.BytesIO()
     stamp = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
     figure.savefig(buffer, format=kind, dpi=170, facecolor="white", metadata=stamp)

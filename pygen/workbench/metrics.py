@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pygen.workbench import require
+
 
 class Manifold(NamedTuple):
     """Four comparisons of the neighbourhoods of real and generated features; each is 1 or close to it at best."""
@@ -41,10 +43,9 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
 
     Raises ValueError for other shapes, fewer than two rows or values that are not finite.
     """
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
     _check(real, fake, rows=2)
-    metric = FrechetInceptionDistance(feature=_Given(real.shape[1])).set_dtype(torch.float64)
+    fid = require("torchmetrics.image.fid", "the Frechet distance")
+    metric = fid.FrechetInceptionDistance(feature=_Given(real.shape[1])).set_dtype(torch.float64)
     # Both sets move to the mean of the real one, so that the covariances lose no digits to a far-off mean.
     centre = real.double().mean(0)
     metric.update(real.double() - centre, real=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pygen.model import GenerativeModel
 from pygen.workbench import families
 from pygen.workbench.data import Dataset
 from pygen.workbench.training import TrainingConfig, TrainingResult, train
@@ -56,6 +57,21 @@ def training_for(family: str, *, budget: str = "quick", seed: int = 0) -> Traini
     return dataclasses.replace(training, steps=training.steps * BUDGETS[budget], seed=seed, checkpoint_every=0)
 
 
+def build_family(
+    family: str, dataset: Dataset, *, seed: int, model: Mapping[str, Any] | None = None
+) -> GenerativeModel:
+    """A new model of the family for the pictures of a dataset, its weights drawn by `seed`.
+
+    model: what its configuration changes from the defaults; by default what the recipe says.
+
+    Raises ValueError where the family does not take pictures of that shape, or the configuration refuses a value.
+    """
+    changed = RECIPES[family].model if model is None else model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return families.build(family, shape=dataset.shape, levels=dataset.levels, classes=dataset.classes, **changed)
+
+
 def train_family(
     family: str,
     dataset: Dataset,
@@ -66,16 +82,21 @@ def train_family(
     resume: bool = False,
     device: torch.device | str = "cpu",
     progress: bool = True,
+    tensorboard: bool = False,
 ) -> TrainingResult:
     """Build a model of the family for the pictures of a dataset, its weights drawn by `training.seed`, and train it.
 
-    model: what its configuration changes from the defaults; by default what the recipe says. The other arguments, and
-    what is raised, are those of `training.train`.
+    model: as for `build_family`. The other arguments, and what is raised, are those of `training.train`.
     """
-    changed = RECIPES[family].model if model is None else model
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(training.seed)
-        built = families.build(
-            family, shape=dataset.shape, levels=dataset.levels, classes=dataset.classes, **changed
-        ).to(device)
-    return train(built, dataset, training, out=out, resume=resume, device=device, progress=progress, label=family)
+    built = build_family(family, dataset, seed=training.seed, model=model).to(device)
+    return train(
+        built,
+        dataset,
+        training,
+        out=out,
+        resume=resume,
+        device=device,
+        progress=progress,
+        label=family,
+        tensorboard=tensorboard,
+    )

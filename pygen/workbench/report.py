@@ -46,6 +46,10 @@ code { font: .88em ui-monospace, "DejaVu Sans Mono", monospace; background: var(
 @media print { h2 { break-after: avoid; } figure, tr { break-inside: avoid; } }
 """
 
+FEW_CLASSES = 5
+"""With fewer classes than this the features of the judge's classifier are poor, and the report says so."""
+SMALL = 1024
+"""Pictures with fewer values than this are compared on one thread."""
 SUBJECT = {
     "gan": "The GAN",
     "vae": "The VAE",
@@ -99,10 +103,10 @@ def seconds(value: float | None) -> str:
 
 
 def bits(row: Mapping[str, Any]) -> str:
-    """Bits per dimension: exact, marked as a bound, or a dash."""
+    """Bits per dimension: exact, marked as a bound that the true cost is at most, or a dash."""
     if row["bits_per_dim"] is None:
         return "–"
-    return ("≤ " if row["density"] == "lower bound" else "") + number(row["bits_per_dim"])
+    return ("≤ " if row["bits_kind"] == "bound" else "") + number(row["bits_per_dim"])
 
 
 def terminal_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -115,7 +119,7 @@ def terminal_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
             (
                 TITLES.get(name, name),
                 row.get("density") or "-",
-                bits({"bits_per_dim": None, "density": None, **row}).replace("≤ ", "<="),
+                bits({"bits_per_dim": None, **row}).replace("≤ ", "<="),
                 number(row["frechet"]),
                 *(number(row[key]) for key in ("precision", "recall", "coverage")),
                 seconds(row.get("sample_seconds")),
@@ -138,13 +142,13 @@ def _head(summary: Mapping[str, Any]) -> str:
     near = min(families, key=lambda family: families[family]["frechet"])
     sentences = [
         f"{SUBJECT[near]} comes nearest to real pictures (Fréchet distance {number(families[near]['frechet'])}; "
-        f"real pictures among themselves: {number(summary['real']['frechet'])})."
+        f"real training pictures: {number(summary['real']['frechet'])})."
     ]
     priced = {family: row["bits_per_dim"] for family, row in families.items() if row["bits_per_dim"] is not None}
     if len(priced) > 1:
         cheap = min(priced, key=lambda family: priced[family])
         sentences.append(
-            f"{SUBJECT[cheap]} describes held-out pictures in the fewest bits ({bits(families[cheap])} per value)."
+            f"{SUBJECT[cheap]} warrants the fewest bits for held-out pictures ({bits(families[cheap])} per value)."
         )
     fast = min(families, key=lambda family: families[family]["sample_seconds"])
     sentences.append(
@@ -152,10 +156,13 @@ def _head(summary: Mapping[str, Any]) -> str:
     )
     title = f"Five ways to generate {data['name']}" if len(families) == 5 else f"Generating {data['name']}"
     channels, height, width = data["shape"]
+    count = f"{len(families)} families" if len(families) > 1 else "One family"
+    taken = [row["train_seconds"] for row in families.values()]
+    effort = "for about the same time" if max(taken) <= 2 * min(taken) else "for a fixed number of steps each"
     lead = (
-        f"{len(families)} families of generative models, trained on the same {data['train']:,} pictures "
+        f"{count} of generative models, trained on the same {data['train']:,} pictures "
         f"({height} × {width}{' in colour' if channels == 3 else ''}, {data['levels']} levels) "
-        f"for about the same time, and held against the same {data['test']:,} pictures that none of them saw."
+        f"{effort}, and held against the same {data['test']:,} pictures that none of them saw."
     )
     return (
         f'<h1>{html.escape(title)}</h1>\n<p class="lead">{html.escape(lead)}</p>\n'
@@ -210,9 +217,9 @@ def _table(summary: Mapping[str, Any]) -> str:
         "<th>Network<small>passes</small></th><th>Training<small>time</small></th><th>Size<small>parameters</small></th></tr></thead>\n<tbody>\n"
         + "\n".join(lines)
         + "\n</tbody></table></div>\n"
-        '<p class="note">Bold is the best of the families. “≤” marks a bound: the model’s true cost is at most that. '
-        "A dash: there is no such number. The real pictures are the training split, the noise is "
-        "uniform grey values.</p>"
+        '<p class="note">Bold is the best of the families. “≤” marks a bound: the true cost of '
+        "the discrete picture is at most that. A dash: there is no such number. The real pictures are the "
+        "training split, the noise is uniform grey values.</p>"
     )
 
 
@@ -281,31 +288,60 @@ def _method(summary: Mapping[str, Any]) -> str:
         if classifier["accuracy"] is not None
         else "a small convolutional network trained to tell how far the real training pictures were turned"
     )
+    own = " and with its label" if data["classes"] is not None else ""
+    of = (
+        "training picture"
+        if data["judged"] == data["train"]
+        else f"of {data['judged']:,} evenly spaced training pictures"
+    )
+    drawn = f"one for each {of}{own}"
+    weak = (
+        f" Here it had only {classifier['classes']} classes to tell apart, and so little reason to look at what else "
+        "makes a picture real: precision is weak evidence then, and pictures that are far from real may pass."
+        if classifier["classes"] < FEW_CLASSES
+        else ""
+    )
+    covered = (
+        "<i>Classes covered</i> is the share of the classes that the classifier finds in the samples at least half as "
+        "often as they are among the real pictures."
+        if data["classes"] is not None
+        else "The data has no labels, so there are no classes to cover."
+    )
+    taken = [row["train_seconds"] for row in summary["families"].values()]
+    spent = "" if len(taken) < 2 else f", which here took {seconds(min(taken))} to {seconds(max(taken))}"
+    threads = summary["machine"]["threads"]
+    computed = (
+        "Pictures this small are computed on one thread: networks of this size lose more to waking a second thread "
+        "than they gain by it, and the numbers do not depend on the number of cores then."
+        if data["dimensions"] < SMALL
+        else f"PyTorch computed on {threads} thread{'' if threads == 1 else 's'}."
+    )
     guess = number(summary["noise"]["bits_per_dim"])
     return f"""<h2>How it was measured</h2>
 <p><b>Split.</b> {data["train"]:,} pictures to train on and {data["test"]:,} held out: the same for every family and
-every seed. Each family trains for a fixed number of steps, chosen so that on two cores and the digits all take about
-the same time. Samples and densities are those of the moving average of the weights.</p>
+every seed. Each family trains for a fixed number of steps{spent}. Samples and densities are those of the moving
+average of the weights.</p>
 <p><b>Densities made comparable.</b> The pictures are discrete: {levels} grey values. The autoregressive model gives
 the probability of such a picture, and the VAE and the diffusion model bound it. A flow has a density of continuous
 values, which on discrete data could be made as great as one likes. So each grey value gets uniform noise over its own
-cell, and the density there, times the volume of the cell, averages to a lower bound on the logarithm of the
-picture’s probability (uniform dequantization; Theis, van den Oord and Bethge 2016, arXiv:1511.01844). All numbers are
-then bits per value of the same discrete pictures: −log₂ p(x), divided by {data["dimensions"]:,} values. Guessing
-every value costs log₂ {levels} = {guess} bits, the price of the noise row. “Exact” says that the number is the
-model’s own likelihood, “lower bound” that p(x) is at least as great, so that the true bits are at most those shown. A
-GAN has only samples.</p>
+cell, and the density there, times the volume of the cell, averages to a lower bound on the logarithm of the picture’s
+probability (uniform dequantization; Theis, van den Oord and Bethge 2016, arXiv:1511.01844). All numbers are then bits
+per value of the same discrete pictures: −log₂ p(x), divided by {data["dimensions"]:,} values. Guessing every value
+costs log₂ {levels} = {guess} bits, the price of the noise row. The column “density” says what a family has of its own:
+“exact” is a density that it can compute, “lower bound” one that it can only bound. The bits are exact only where the
+family gives the probability of the discrete picture itself; where it bounds that, or is dequantized as the flow is,
+the true bits are at most those shown, which “≤” marks. A GAN has only samples.</p>
 <p><b>Sample quality.</b> {judged[0].upper() + judged[1:]} turns each picture into {classifier["features"]} features,
-few enough that {data["test"]:,} held-out pictures can carry a covariance. Every set that is judged has
-{data["judged"]:,} pictures, one for each training picture and with its label, rounded to the same {levels} grey
-values; it is held against the held-out split. So the row of real pictures is what a perfect model would reach, and
-above zero only because the sets are finite. <i>Fréchet distance</i> (Heusel et al. 2017) compares mean and covariance;
+few enough that {data["test"]:,} held-out pictures can carry a covariance.{weak} Every set that is judged has
+{data["judged"]:,} pictures, {drawn}, rounded to the same {levels} grey values; it is held against the held-out split.
+The row of real pictures is these training pictures themselves. It is above zero because the sets are finite, and
+because the classifier was trained on those very pictures and reads them otherwise than new ones: it is a yardstick,
+and not the best that a model could reach. <i>Fréchet distance</i> (Heusel et al. 2017) compares mean and covariance;
 100 is the total variance of the real features. <i>Precision</i> is the share of samples that lie among real pictures,
 <i>recall</i> the share of real pictures that lie among the samples, by the third nearest neighbour (Kynkäänniemi et
-al. 2019). <i>Classes covered</i> is the share of the classes that the classifier finds in the samples at least half as
-often as they are among the real pictures.</p>
+al. 2019). {covered}</p>
 <p><b>Cost.</b> The median time of a batch of 100 samples, and the passes of the network that this takes; the time of
-the training loop. The times belong to the machine below.</p>"""
+the training loop. {computed} The times belong to the machine below.</p>"""
 
 
 def _machine(summary: Mapping[str, Any]) -> str:

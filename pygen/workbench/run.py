@@ -58,7 +58,12 @@ class Run:
             if player not in self.players:
                 raise ValueError(f"player_rates names {player!r}, but the players are {', '.join(self.players)}")
         self.optimizers = {player: self._optimizer(parameters) for player, parameters in self.players.items()}
-        self.facts = {"name": dataset.name, "origin": dataset.origin, "fingerprint": dataset.fingerprint()}
+        self.facts = {
+            "name": dataset.name,
+            "origin": dataset.origin,
+            "fingerprint": dataset.fingerprint(),
+            "class_names": list(dataset.class_names),
+        }
         self.step = 0
         self.seconds = 0.0
         self.history: list[dict[str, Any]] = []

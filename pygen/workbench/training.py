@@ -17,6 +17,7 @@ from pygen.workbench.checkpoint import (
     find_checkpoint,
     has_checkpoint,
     load_checkpoint,
+    prepare_folder,
     remove_unfinished,
 )
 from pygen.workbench.data import Dataset
@@ -76,9 +77,9 @@ def train(
     label: what the progress line starts with; the family by default.
     tensorboard: also write the history to `out`/tensorboard; needs the package tensorboard.
 
-    Raises ValueError before training where data, model and configuration do not fit, CheckpointError where a checkpoint
-    is damaged or of another run, and TrainingDiverged, without touching the last checkpoint, for a loss that is not
-    finite.
+    Raises ValueError before training where data, model and configuration do not fit, CheckpointError where `out` cannot
+    be written or a checkpoint is damaged or of another run, and TrainingDiverged, without touching the last checkpoint,
+    for a loss that is not finite.
     """
     folder = None if out is None else Path(out)
     _check_fit(model, dataset)
@@ -92,6 +93,9 @@ def train(
     elif resume or tensorboard:
         raise ValueError(f"out is None, but {'resume' if resume else 'tensorboard'} needs the run's folder")
     run = Run(model, dataset, config, torch.device(device) if device is not None else model.device)
+    if folder is not None:
+        # A disk that refuses is found now, not by the first checkpoint after the work.
+        prepare_folder(folder)
     with run.generators(), _recorder(folder, tensorboard) as record:
         if folder is not None and has_checkpoint(folder):
             remove_unfinished(folder)

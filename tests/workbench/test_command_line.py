@@ -6,11 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from pygen.workbench import command_line
 from pygen.workbench.command_line import FAMILY_NAMES, _described, main
 from pygen.workbench.families import FAMILIES
 
@@ -119,6 +121,11 @@ def test_bad_values_get_one_sentence(capsys: pytest.CaptureFixture[str], tmp_pat
     assert "--families is empty" in fails(["compare", "--families"], capsys)
     assert "steps is 0" in fails(["train", "gan", "--steps", "0", "--out", out], capsys)
     assert "width is 0" in fails(["train", "gan", "--model.width", "0", "--out", out], capsys)
+    assert fails(["train", "--steps", "3", "gan"], capsys).startswith("--steps stands before the family, but expected")
+    assert fails(["compare", "--family", "gan"], capsys) == "there is no option --family: did you mean --families?"
+    assert "expected --data with it" in fails(["evaluate", str(checkpoint), "--size", "8"], capsys)
+    Path(out).touch()
+    assert f"{out} cannot be written" in fails(["train", "gan", "--steps", "2", "--out", out], capsys)
     assert "earlier run" in fails(["train", "gan", "--steps", "2", "--out", str(checkpoint)], capsys)
 
 
@@ -141,10 +148,95 @@ def test_sample_writes_a_grid_and_values(checkpoint: Path, tmp_path: Path, capsy
 def test_evaluate_uses_the_data_of_the_checkpoint(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main(["evaluate", str(checkpoint), "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    captured = capsys.readouterr()
+    assert "digits: 1438 pictures to train on, 359 held out; training the judge" in captured.err
+    rows = json.loads(captured.out)
     assert list(rows) == ["GAN", "real", "noise"]
     assert rows["real"]["frechet"] < rows["GAN"]["frechet"]
     assert rows["GAN"]["bits_per_dim"] is None
+
+
+def test_evaluate_refuses_what_does_not_fit_before_the_judge_trains(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = np.random.default_rng(0).integers(0, 17, (20, 8, 8)).astype(np.uint8)
+    np.savez(tmp_path / "plain.npz", pictures=pictures, levels=17)
+    np.savez(tmp_path / "single.npz", pictures=pictures[:1], levels=17)
+    text = fails(["evaluate", str(checkpoint), "--data", str(tmp_path / "plain.npz")], capsys)
+    assert text == "the model was trained with 10 classes, but plain.npz has none"
+    text = fails(["evaluate", str(checkpoint), "--data", str(tmp_path / "single.npz")], capsys)
+    assert text == "single.npz has 1 picture, but at least 3 are needed to train on some and hold out others"
+    assert "steps is 4, but GAN always takes 1" in fails(["evaluate", str(checkpoint), "--steps", "4"], capsys)
+
+
+def test_a_folder_is_scaled_to_the_size_of_the_model(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    for number in range(5):
+        Image.new("L", (20, 16), number * 40).save(tmp_path / f"{number}.png")
+    command = ["evaluate", str(checkpoint), "--data", str(tmp_path)]
+    assert "but " + tmp_path.name + " has shape (1, 8, 8) with 256" in fails(command, capsys)
+    assert "has shape (1, 4, 4)" in fails([*command, "--size", "4"], capsys)
+
+
+def test_runs_that_go_wrong_end_with_one_sentence(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pygen.workbench import evaluation
+    from pygen.workbench.families import build
+
+    def broken() -> Any:
+        model = build("autoregressive", shape=(1, 8, 8), levels=17, classes=10, width=8)
+        for parameter in model.parameters():
+            parameter.data.fill_(float("nan"))
+        return model
+
+    out = ["--out", str(tmp_path / "x.png")]
+    with monkeypatch.context() as patch:
+        patch.setattr(command_line, "_load", lambda checkpoint, device: broken())
+        assert "the parameters are not finite" in fails(["sample", "x", *out], capsys)
+
+    for error, text in (
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to"), "the memory of the device is full"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "the memory of the device is full"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluation, "draw", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+            assert text in fails(["sample", str(checkpoint), *out], capsys)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a bug"):
+        patch.setattr(evaluation, "draw", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("a bug")))
+        main(["sample", str(checkpoint), *out])
+    command = ["train", "gan", "--steps", "20", "--learning-rate", "1e30", "--warmup", "0", "--model.width", "8"]
+    capsys.readouterr()
+    assert main([*command, "--resume", "--out", str(tmp_path / "run")]) == 2
+    lines = capsys.readouterr().err.strip().split("\n")
+    assert lines[0] == f"{tmp_path / 'run'} holds no checkpoint to resume: training starts at the first step"
+    assert lines[-1].startswith("pygen: the ")
+    assert "try a lower learning_rate" in lines[-1]
+
+
+def test_samples_need_neither_matplotlib_nor_torchmetrics(checkpoint: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys\nsys.modules.update(dict.fromkeys(('matplotlib', 'torchmetrics')))\n"
+        "from pygen.workbench.command_line import main\n"
+        f"sys.exit(main(['sample', {str(checkpoint)!r}, '--out', {str(tmp_path / 'grid.png')!r}]) or "
+        f"main(['compare', '--out', {str(tmp_path / 'report')!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (tmp_path / "grid.png").is_file(), done.stderr
+    assert done.returncode == 2
+    assert done.stderr.startswith("pygen: matplotlib is not installed, but needed for a comparison: pip install")
+
+
+def test_tensorboard_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pygen.workbench import recipes
+
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(recipes, "train_family", lambda *_, **settings: asked.update(settings))
+    assert main(["train", "gan", "--tensorboard", "--out", str(tmp_path)]) == 0
+    assert asked["tensorboard"] is True
 
 
 def test_info_speaks_and_has_json(capsys: pytest.CaptureFixture[str]) -> None:

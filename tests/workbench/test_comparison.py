@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from pygen.workbench import comparison, evaluation, recipes
+from pygen.workbench import comparison, evaluation, recipes, report
+from pygen.workbench.checkpoint import CheckpointError
 from pygen.workbench.classifier import train_classifier
 from pygen.workbench.comparison import compare, in_columns
 from pygen.workbench.data import Dataset, load_data
@@ -83,6 +84,8 @@ def test_summary_has_the_promised_structure_and_only_finite_numbers(finished: tu
     gan, diffusion = summary["families"]["gan"], summary["families"]["diffusion"]
     assert (gan["density"], gan["bits_per_dim"], gan["network_passes"]) == ("implicit", None, 1)
     assert diffusion["density"] == "lower bound"
+    assert (gan["bits_kind"], diffusion["bits_kind"], summary["noise"]["bits_kind"]) == (None, "bound", "exact")
+    assert summary["machine"]["threads"] == 1
     assert 0 < diffusion["bits_per_dim"] < 8
     assert summary["noise"]["bits_per_dim"] == pytest.approx(math.log2(17))
     assert summary["real"]["frechet"] < min(row["frechet"] for row in summary["families"].values())
@@ -115,8 +118,8 @@ def test_the_table_and_the_path_of_the_report_are_printed_last(
 
 
 def test_the_same_seed_gives_the_same_numbers(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    # Into the folder of another run, whose checkpoints must not matter.
-    run(tmp_path, seed=1, families=("gan",))
+    # Into the folder of another run, whose checkpoints must not matter and whose pictures must not stay.
+    run(tmp_path, seed=1, families=("vae",))
     timed = re.compile("seconds$|^machine$|^versions$")
 
     def untimed(value: Any) -> Any:
@@ -126,14 +129,19 @@ def test_the_same_seed_gives_the_same_numbers(finished: tuple[Path, dict[str, An
 
     again = run(tmp_path, seed=3)
     assert untimed(again) == untimed(finished[1])
+    assert {path.name for path in tmp_path.glob("samples_*")} == {f"samples_{family}.png" for family in FAMILIES}
 
 
 def test_data_without_labels_are_compared_too(tmp_path: Path) -> None:
     unlabelled = dataclasses.replace(some_digits(), labels=None, classes=None, class_names=())
     summary = run(tmp_path, seed=0, families=("vae",), data=unlabelled)
     assert summary["classifier"]["accuracy"] is None
-    assert summary["families"]["vae"]["agreement"] is None
-    assert "how far the real training pictures were turned" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    for row in (summary["families"]["vae"], summary["real"], summary["noise"]):
+        assert (row["agreement"], row["coverage"]) == (None, None)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for text in ("how far the real training pictures were turned", "only 4 classes to tell apart", "has no labels"):
+        assert text in page
+    assert "with its label" not in page
 
 
 def test_bad_arguments_are_refused_before_training(tmp_path: Path) -> None:
@@ -143,7 +151,46 @@ def test_bad_arguments_are_refused_before_training(tmp_path: Path) -> None:
         compare(data=some_digits(), out=tmp_path, families=["gann"])
     with pytest.raises(ValueError, match="families is empty"):
         compare(data=some_digits(), out=tmp_path, families=[])
+    odd = dataclasses.replace(some_digits(), pictures=torch.zeros(240, 1, 7, 7, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="the family flow does not take the pictures of digits: shape is"):
+        compare(data=odd, out=tmp_path, families=["gan", "flow"])
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file/out cannot be written"):
+        compare(data=some_digits(), out=tmp_path / "file" / "out", families=["gan"])
+
+
+def test_small_pictures_take_one_thread_and_give_back_the_others() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with comparison._threads(64):
+            assert torch.get_num_threads() == 1
+        with comparison._threads(3072):
+            assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_report_says_only_what_was_measured(finished: tuple[Path, dict[str, Any]]) -> None:
+    summary = json.loads(json.dumps(finished[1]))
+    gan, flow = summary["families"]["gan"], summary["families"]["diffusion"]
+    summary["families"]["flow"] = {**flow, "density": "exact", "bits_per_dim": 0.5, "bits_kind": "bound"}
+    sheets = dict.fromkeys(("real", *summary["families"]), b"")
+    for fastest, text in ((7.0, "for about the same time"), (1.0, "for a fixed number of steps each")):
+        for row in summary["families"].values():
+            row["train_seconds"] = 10.0
+        gan["train_seconds"] = fastest
+        page = report.render(summary, sheets, b"", b"")
+        assert text in page
+    assert "here took 1.0 s to 10 s" in page
+    assert "The flow warrants the fewest bits for held-out pictures (≤ 0.50 per value)" in page
+    assert "trained on those very pictures" in page
+    assert "one for each training picture and" in page
+    assert "≤" not in report.bits(summary["noise"])
+    summary["data"]["judged"] -= 1
+    assert "evenly spaced training pictures" in report.render(summary, sheets, b"", b"")
 
 
 def test_shown_pictures_stand_in_columns_by_class() -> None:

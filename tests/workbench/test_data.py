@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import math
 import pickle
 import struct
 from collections.abc import Callable
@@ -150,9 +151,13 @@ def test_split_depends_on_the_seed_and_needs_no_labels() -> None:
     first, other = data.split(0.3, 0)[1], data.split(0.3, 1)[1]
     assert len(first) == len(other) == 15
     assert first.fingerprint() != other.fingerprint()
-    for fraction in (0.0, 0.001, 0.999, 1.0):
-        with pytest.raises(ValueError, match=r"expected at least one in each"):
+    for fraction in (-0.1, 0.0, 1.0, math.nan):
+        with pytest.raises(ValueError, match=f"fraction is {fraction}, but expected a number between 0 and 1"):
             data.split(fraction)
+    for fraction, fewest in ((0.009, 56), (0.995, 101)):
+        with pytest.raises(ValueError, match=f"has 50 pictures, but at least {fewest} are needed to train on some"):
+            data.split(fraction)
+        assert all(len(part) > 0 for part in dataset(None, fewest).split(fraction))
 
 
 @given(st.integers(1, 500), st.integers(-(2**63), 2**64 - 1), st.integers(0, 2**40))

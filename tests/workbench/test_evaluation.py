@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -12,7 +13,17 @@ from pygen import ops
 from pygen.model import Density, GenerativeModel, ModelConfig, Stage, refuse_steps
 from pygen.workbench.classifier import Classifier, accuracy, train_classifier
 from pygen.workbench.data import Dataset, load_data
-from pygen.workbench.evaluation import Judge, bits_per_dim, draw, evaluate, quality_with_steps, spread
+from pygen.workbench.evaluation import (
+    Judge,
+    bits_kind,
+    bits_per_dim,
+    check_fit,
+    draw,
+    evaluate,
+    quality_with_steps,
+    spread,
+)
+from pygen.workbench.families import FAMILIES, model_class
 
 pytest.importorskip("sklearn")
 
@@ -162,10 +173,44 @@ def test_steps_of_a_family_that_has_none_are_refused(digits: tuple[Dataset, Data
 def test_a_model_of_other_pictures_is_refused(digits: tuple[Dataset, Dataset], judge: Judge) -> None:
     model = PixelCounts(digits[0])
     model.config = ModelConfig(shape=(3, 32, 32), levels=256)
-    with pytest.raises(
-        ValueError, match=r"pictures of shape \(3, 32, 32\) with 256 grey values, but the data has shape"
-    ):
+    with pytest.raises(ValueError, match=r"pictures of shape \(3, 32, 32\) with 256 grey values, but digits has shape"):
         evaluate(model, judge)
+
+
+def test_a_model_of_other_classes_is_refused(digits: tuple[Dataset, Dataset]) -> None:
+    train, _ = digits
+    model = PixelCounts(train)
+    check_fit(model, train, train.class_names)
+    with pytest.raises(ValueError, match="trained with 10 classes, but digits has none"):
+        check_fit(model, dataclasses.replace(train, labels=None, classes=None, class_names=()))
+    with pytest.raises(ValueError, match="class 9 as 'nine', but in digits that is '9'"):
+        check_fit(model, train, (*train.class_names[:9], "nine"))
+    model.config = dataclasses.replace(model.config, classes=None)
+    check_fit(model, train)
+
+
+def test_bits_are_exact_only_for_discrete_pictures(digits: tuple[Dataset, Dataset]) -> None:
+    model = PixelCounts(digits[0])
+    assert bits_kind(model) == "exact"
+    model.discrete = False  # type: ignore[misc]
+    assert bits_kind(model) == "bound"
+    kinds = {name: (model_class(name).density.value, model_class(name).discrete) for name in FAMILIES}
+    assert kinds["flow"] == ("exact", False)
+    assert kinds["autoregressive"] == ("exact", True)
+
+
+def test_data_that_are_too_few_or_all_alike_are_named(digits: tuple[Dataset, Dataset]) -> None:
+    few = dataclasses.replace(digits[0], pictures=digits[0].pictures[:10], labels=None, classes=None, class_names=())
+    with pytest.raises(ValueError, match="digits has 10 pictures, 2 of them held out, but at least 18 are needed, 4"):
+        Judge(*few.split())
+    # As few as are needed, and without labels no class is covered.
+    least = dataclasses.replace(few, pictures=digits[0].pictures[:18])
+    judge = Judge(*least.split())
+    quality = judge.score(judge.real)
+    assert quality.coverage is None
+    assert math.isfinite(quality.frechet)
+    with pytest.raises(ValueError, match="held-out pictures of digits are all alike"):
+        Judge(*dataclasses.replace(least, pictures=least.pictures[:1].repeat(18, 1, 1, 1)).split())
 
 
 def test_spread_keeps_proportions_of_sorted_rows() -> None:

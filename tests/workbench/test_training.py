@@ -263,6 +263,14 @@ def test_an_earlier_run_is_not_overwritten_and_a_finished_one_returns_at_once(tm
     assert again.checkpoint == tmp_path / "step-00000006"
 
 
+def test_a_folder_that_cannot_be_written_is_found_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    model = build(Duel)
+    with pytest.raises(CheckpointError, match=r"file/run cannot be written \(Not a directory\), but expected a folder"):
+        run(model, out=tmp_path / "file" / "run")
+    assert model.asked == []
+
+
 def test_resuming_with_more_steps_goes_on(tmp_path: Path) -> None:
     run(build(Toy), out=tmp_path, schedule="constant", steps=3)
     longer = run(build(Toy), out=tmp_path, schedule="constant", resume=True)
