@@ -97,6 +97,7 @@ class GenerativeModel(nn.Module):
     ) -> Tensor:
         """Draw n pictures, (n, channels, height, width) in [-1, 1].
 
+        GAN, Diffusion and VAE (pixels="mean") return values between the levels; `quantize` rounds them.
         Sample number `ids[i]` under `seed` is the same picture in any batch and on any rank.
 
         ids: int64 (n,), the numbers of the samples; 0 .. n-1 by default.
