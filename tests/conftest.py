@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -23,6 +24,16 @@ hypothesis.settings.register_profile("default", deadline=None, max_examples=25, 
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=500)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
+
+if " " in torch.__file__:
+    # PyTorch's inductor does not quote the paths that it gives the compiler, so where there is a space in them the graphs
+    # are traced, and run without generated code.
+    _compile = torch.compile
+
+    def _compile_without_code(model: Any = None, *, backend: str = "aot_eager", **options: Any) -> Any:
+        return _compile(model, backend="aot_eager" if backend == "inductor" else backend, **options)
+
+    torch.compile = _compile_without_code
 
 # Tests are small and run side by side: a second thread each would only wait for the first.
 torch.set_num_threads(1)
