@@ -26,7 +26,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 
 
 if " " in torch.__file__:
-    # PyTorch's inductor does not quote the paths that it gives the compiler, so where there is a space in them the graphs
+    # PyTorch's inductor does not quote the paths that it gives the compiler: where there is a space in them the graphs
     # are traced, and run without generated code.
     _compile = torch.compile
 
