@@ -25,10 +25,11 @@ PYGEN_CLONES double affine_rows(const T* __restrict x, const T* __restrict raw_s
   double sum = 0;  // two conversions and two additions a vector: nothing beside the exponential
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) {
-    Scale<T> scale = affine_scale<A>(raw_scale[i] + options.offset, options.limit);
-    if constexpr (kEpsilon) scale = add_epsilon(scale, options.epsilon);
-    y[i] = kInverse ? (x[i] - shift[i]) / scale.value : x[i] * scale.value + shift[i];
-    sum += scale.log;
+    // Plain numbers: a struct that is assigned to keeps the loop from vectorising.
+    const Scale<T> scale = affine_scale<A>(raw_scale[i] + options.offset, options.limit);
+    const T value = kEpsilon ? scale.value + options.epsilon : scale.value;
+    y[i] = kInverse ? (x[i] - shift[i]) / value : x[i] * value + shift[i];
+    sum += kEpsilon ? scalar::log(value) : scale.log;
   }
   return sum;
 }
