@@ -229,9 +229,11 @@ __global__ void __launch_bounds__(kThreads) attend_split_kernel(Arguments<Stored
       }
       peak[r] = highest;
     }
-    if (threadIdx.x % 32 < kLanes) {
+    if (threadIdx.x % 32 == 0) {
       warp_peak[warp][r] = peak[r];
       warp_sum[warp][r] = sum[r];
+    }
+    if (threadIdx.x % 32 < kLanes) {
 #pragma unroll
       for (int e = 0; e < kOwn; ++e) {
         warp_accumulator[warp][r][(e / kVector * kLanes + lane) * kVector + e % kVector] = accumulator[r][e];
