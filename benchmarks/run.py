@@ -1,5 +1,7 @@
 """Runs the benchmarks: each case turn by turn with its rivals, medians, ratios, and the share of the floor.
 
+For example:
+
     python benchmarks/run.py                       # every family on the CPU
     python benchmarks/run.py --family coupling --rounds 31
     python benchmarks/run.py --device cuda --out benchmarks/results
