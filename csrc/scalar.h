@@ -17,8 +17,9 @@
 #define PYGEN_INLINE inline __attribute__((always_inline))
 #endif
 
-// One clone of a row function per instruction set, chosen by the dynamic loader. GCC knows the x86-64 levels from version
-// 12 on; without them, with Clang, on Arm and where there is no ifunc, there is one version: the compiler's default.
+// One clone of a row function per instruction set, chosen by the dynamic loader. GCC knows the x86-64 levels from
+// version 12 on; without them, with Clang, on Arm and where there is no ifunc, there is one version: the compiler's
+// default.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__) && \
     !defined(__CUDACC__)
 #define PYGEN_X86_LEVELS 1
