@@ -148,9 +148,12 @@ def _why_not_device(index: int | None) -> str:
     return f"pygen was compiled for architectures {architectures}, but the device is sm_{capability[0]}{capability[1]}"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _serves_device(index: int | None) -> bool:
     if index not in _served:
+        # A tracer cannot follow the question; a device that was never used eagerly is taken to be the one built for.
+        # (`torch.compiler.assume_constant_result` would say so too, and import the whole tracer with this module.)
+        if torch.compiler.is_compiling():
+            return True
         _served[index] = not _why_not_device(index)
     return _served[index]
 
