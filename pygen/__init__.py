@@ -7,7 +7,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_SUBPACKAGES = ("autoregressive", "diffusion", "flows", "gan", "model", "nn", "ops", "vae", "workbench")
+_SUBPACKAGES = ("autoregressive", "compat", "diffusion", "flows", "gan", "model", "nn", "ops", "vae", "workbench")
 
 __all__ = ["__version__", *_SUBPACKAGES]
 
