@@ -1,6 +1,24 @@
 """Normalizing flows: exact densities by an invertible map to the prior, layer by layer."""
 
+from pygen.flows.base import Base, ConditionalNormal, DiagonalNormal, StandardLogistic, StandardNormal, Uniform
 from pygen.flows.coupling import AffineCoupling
+from pygen.flows.flow import Flow
 from pygen.flows.realnvp import RealNVP, RealNVPConfig
+from pygen.flows.transform import FirstHalf, Inverse, Stack, Transform
 
-__all__ = ["AffineCoupling", "RealNVP", "RealNVPConfig"]
+__all__ = [
+    "AffineCoupling",
+    "Base",
+    "ConditionalNormal",
+    "DiagonalNormal",
+    "FirstHalf",
+    "Flow",
+    "Inverse",
+    "RealNVP",
+    "RealNVPConfig",
+    "Stack",
+    "StandardLogistic",
+    "StandardNormal",
+    "Transform",
+    "Uniform",
+]

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from pygen import ops
+from pygen.flows.transform import Transform
 
 # What a mask keeps is passed through the same kernel with raw scale 0 and shift 0: that must be the identity.
 _UNIT_AT_ZERO = ("exp", "tanh", "atan", "sigmoid_symmetric", "softclip")
 
 
-class AffineCoupling(nn.Module):
+class AffineCoupling(Transform):
     """`layer(x) -> (y, ladj)` and `layer.inverse(y) -> (x, ladj)`; ladj is (n,), in nats, of the direction taken.
 
     conditioner: a module that maps what is kept to the raw scales and the shifts, in that order along dimension 1.
