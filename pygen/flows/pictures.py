@@ -66,19 +66,16 @@ class PictureFlow(GenerativeModel):
         self.check_player(player)
         x = self.check_pictures(x)
         condition = self.check_condition(condition, len(x))
-        # A flow under the dequantizer draws by number: new numbers for each call.
-        ids = torch.randint(2**62, (len(x),), device=x.device) if self.dequantizer else None
-        u = torch.rand_like(x) if ids is None else None
-        return -self._log_prob(x, u, ids, 0, condition).mean() / self.config.dimensions
+        v, volume = self._dequantize(x, None, 0)
+        return -(self.flow.log_prob(v, condition) + volume).mean() / self.config.dimensions
 
     def log_prob(
         self, x: Tensor, *, condition: Tensor | None = None, ids: Tensor | None = None, seed: int = 0
     ) -> Tensor:
         x = self.check_pictures(x)
         condition = self.check_condition(condition, len(x))
-        ids = self.resolve_ids(len(x), ids)
-        u = None if self.dequantizer else ops.uniform(ids, self.config.shape, seed=seed, dtype=x.dtype)
-        return self._log_prob(x, u, ids, seed, condition)
+        v, volume = self._dequantize(x, self.resolve_ids(len(x), ids), seed)
+        return self.flow.log_prob(v, condition) + volume
 
     def encode(self, x: Tensor, *, condition: Tensor | None = None) -> Tensor:
         """The prior point of the centre of x's quantization cell; `decode` brings it back to x."""
@@ -127,12 +124,20 @@ class PictureFlow(GenerativeModel):
     def network_passes(self, steps: int | None = None) -> int:
         return 1
 
-    def _log_prob(self, x: Tensor, u: Tensor | None, ids: Tensor | None, seed: int, condition: Tensor | None) -> Tensor:
-        spent = -self.config.dimensions * math.log(self.config.levels)
+    def _dequantize(self, x: Tensor, ids: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:
+        """A point v in the cells of the pictures x, and the log of the volume (n,) that it stands for.
+
+        ids: the numbers of the samples under `seed`, or None for noise from PyTorch's generator.
+        """
+        volume = x.new_full((len(x),), -self.config.dimensions * math.log(self.config.levels))
         if self.dequantizer is not None:
+            if ids is None:  # the dequantizer draws by number: new numbers for each call
+                ids = torch.randint(2**62, (len(x),), device=x.device)
             u, log_q = self.dequantizer.sample_and_log_prob(len(x), context=x, ids=ids, seed=seed)
-            return self.flow.log_prob((self.quantize(x) + u) / self.config.levels, condition) - log_q + spent
-        return self.flow.log_prob((self.quantize(x) + u) / self.config.levels, condition) + spent
+            volume = volume - log_q
+        else:
+            u = torch.rand_like(x) if ids is None else ops.uniform(ids, self.config.shape, seed=seed, dtype=x.dtype)
+        return (self.quantize(x) + u) / self.config.levels, volume
 
     def _check_prior(self, z: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if z.ndim != 4 or tuple(z.shape[1:]) != self.config.shape:
