@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pygen.ops.noise import noise_reference, uniform, uniform_reference
     from pygen.ops.sampling import sample_logits, sample_logits_reference
     from pygen.ops.schedule import diffusion_step, diffusion_step_reference
+    from pygen.ops.spline import rational_quadratic_spline, rational_quadratic_spline_reference
 
 _FAMILY_OF = {
     "affine": "coupling",
@@ -23,6 +24,8 @@ _FAMILY_OF = {
     "diffusion_step": "schedule",
     "diffusion_step_reference": "schedule",
     "noise_reference": "noise",
+    "rational_quadratic_spline": "spline",
+    "rational_quadratic_spline_reference": "spline",
     "sample_logits": "sampling",
     "sample_logits_reference": "sampling",
     "uniform": "noise",
@@ -49,6 +52,8 @@ __all__ = [
     "diffusion_step_reference",
     "noise",
     "noise_reference",
+    "rational_quadratic_spline",
+    "rational_quadratic_spline_reference",
     "sample_logits",
     "sample_logits_reference",
     "uniform",

@@ -1,0 +1,393 @@
+"""Monotone rational-quadratic splines: forward, inverse and log-determinant in one pass.
+
+Inside bin k, with theta = (x - x_k) / w_k, t = theta (1 - theta) and delta = h_k / w_k,
+y = y_k + h_k (delta theta^2 + d_k t) / D,  dy/dx = delta^2 (d_k+1 theta^2 + 2 delta t + d_k (1 - theta)^2) / D^2,
+D = delta (1 - 2 t) + (d_k + d_k+1) t. (Durkan et al. 2019, Neural Spline Flows, arXiv:1906.04032, eq. 4-8)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# In the order of `enum class Parametrization` in csrc/spline.h.
+PARAMETRIZATIONS = ("softplus", "softclip")
+# In the order of `enum class Tails` in csrc/spline.h; a sequence of tails is PER_DIMENSION.
+TAILS = (None, "linear", "circular")
+PER_DIMENSION = len(TAILS)
+MAX_BINS = 128
+
+Tails = str | None | Sequence[str | None]
+Bound = float | Tensor
+
+
+class _Spline(NamedTuple):
+    """What every element shares, in the order of the operators' arguments."""
+
+    bins: int
+    tails: int
+    left: float
+    right: float
+    bottom: float
+    top: float
+    min_bin_width: float
+    min_bin_height: float
+    min_derivative: float
+    parametrization: int
+    sharpness: float  # softplus: its beta; softclip: |ln slope|
+    boundary_slope: float
+    scale: float
+    event_dims: int
+
+
+def _arithmetic_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _softclip(u: Tensor, limit: float) -> Tensor:
+    return u / (1 + (u / limit).abs())
+
+
+def _fractions(u: Tensor, minimum: float, spline: _Spline) -> Tensor:
+    """The bins' shares of the domain: (..., K), adding to 1."""
+    u = u * spline.scale
+    if spline.parametrization == 1:
+        u = _softclip(u, spline.sharpness / 2)
+    return minimum + (1 - minimum * spline.bins) * u.softmax(-1)
+
+
+def _slopes(u: Tensor, circular: Tensor, linear: Tensor, spline: _Spline) -> Tensor:
+    """The derivatives at the K + 1 knots."""
+    kind = spline.tails
+    if kind == 1:
+        u = functional.pad(u, (1, 1))
+    elif kind == 2:
+        u = torch.cat((u, u[..., :1]), -1)
+    elif kind == PER_DIMENSION:
+        last = torch.where(circular, u[..., 0], u[..., -1])
+        u = torch.cat((u[..., :-1], last.unsqueeze(-1)), -1)
+    if spline.parametrization == 0:
+        # Not `softplus`, which turns linear at 20 and loses half the digits of float64 there.
+        slopes = spline.min_derivative + torch.logaddexp(u * spline.sharpness, u.new_zeros(())) / spline.sharpness
+    else:
+        slopes = _softclip(u, spline.sharpness).exp()
+    if kind in (1, PER_DIMENSION):
+        end = torch.zeros(spline.bins + 1, dtype=torch.bool, device=u.device)
+        end[0] = end[-1] = True
+        slopes = torch.where(linear.unsqueeze(-1) & end, spline.boundary_slope, slopes)
+    return slopes
+
+
+def _evaluate(
+    value: Tensor, parts: Sequence[Tensor], dimensions: Tensor | None, spline: _Spline, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    dtype, bins = _arithmetic_dtype(value), spline.bins
+    if len(parts) == 1:
+        parts = parts[0].split((bins, bins, parts[0].shape[-1] - 2 * bins), -1)
+    widths, heights, derivatives = (part.to(dtype) for part in parts)
+    if dimensions is None:
+        edges = (spline.left, spline.right, spline.bottom, spline.top, float(spline.tails))
+        dimensions = torch.tensor(edges, dtype=dtype, device=value.device)
+    left, right, bottom, top, tails = dimensions.to(dtype).unbind()
+    slopes = _slopes(derivatives, tails == 2, tails == 1, spline)
+
+    x = value.to(dtype)
+    (low, high), searched = ((bottom, top), 1) if inverse else ((left, right), 0)
+    inside = torch.minimum(torch.maximum(x, low), high)
+    outside = (x < low) | (x > high)
+    identity = outside & (tails != 0)
+
+    widths = _fractions(widths, spline.min_bin_width, spline) * (right - left).unsqueeze(-1)
+    heights = _fractions(heights, spline.min_bin_height, spline) * (top - bottom).unsqueeze(-1)
+    lefts, bottoms = (
+        low_end.unsqueeze(-1) + functional.pad(sizes.cumsum(-1)[..., :-1], (1, 0))
+        for low_end, sizes in ((left, widths), (bottom, heights))
+    )
+    k = (inside.unsqueeze(-1) >= (lefts, bottoms)[searched][..., 1:]).sum(-1, keepdim=True)
+
+    def at(table: Tensor, index: Tensor) -> Tensor:
+        return table.expand(*k.shape[:-1], -1).gather(-1, index).squeeze(-1)
+
+    x_k, w, y_k, h = (at(table, k) for table in (lefts, widths, bottoms, heights))
+    d0, d1 = at(slopes, k), at(slopes, k + 1)
+    delta = h / w
+    if inverse:
+        # The discriminant as a sum of squares is never negative; of the two forms of the root, the one that adds.
+        eta = ((inside - y_k) / h).clamp(0, 1)
+        m = d0 * (1 - eta) - d1 * eta
+        root = (m * m + 4 * delta * delta * eta * (1 - eta)).sqrt()
+        near = 2 * delta * torch.where(m >= 0, eta, 1 - eta)
+        near = near / (near + m.abs() + root)
+        theta, rest = torch.where(m >= 0, near, 1 - near), torch.where(m >= 0, 1 - near, near)
+        image = x_k + w * theta
+    else:
+        theta = ((inside - x_k) / w).clamp(0, 1)
+        rest = 1 - theta
+    t = theta * rest
+    denominator = delta * (1 - 2 * t) + (d0 + d1) * t
+    if not inverse:
+        image = y_k + h * (theta * (delta * theta + d0 * rest) / denominator)
+    ladj = (delta / denominator).square() * (d1 * theta * theta + 2 * delta * t + d0 * rest * rest)
+    end_slope = torch.where(x < low, d0, d1)
+    ladj = torch.where(outside, end_slope, ladj).log()
+
+    excess = torch.where(identity, 0.0, x - inside)
+    image = image + (excess / end_slope if inverse else excess * end_slope)
+    y = torch.where(identity, x, image).to(value.dtype)
+    ladj = torch.where(identity, 0.0, -ladj if inverse else ladj)
+    # sum over no dimensions would be a sum over all.
+    return y, ladj.sum(tuple(range(-spline.event_dims, 0))) if spline.event_dims else ladj
+
+
+def rational_quadratic_spline_reference(
+    x: Tensor, parameters: Tensor | Sequence[Tensor], *, inverse: bool = False, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """`rational_quadratic_spline` in plain PyTorch: its specification, its fallback, and the oracle of its tests."""
+    parts, dimensions, spline = _settle(x, parameters, **options)
+    return _evaluate(x, parts, dimensions, spline, inverse)
+
+
+def rational_quadratic_spline(
+    x: Tensor,
+    parameters: Tensor | Sequence[Tensor],
+    *,
+    inverse: bool = False,
+    tails: Tails = None,
+    domain: tuple[Bound, Bound] = (0.0, 1.0),
+    image: tuple[Bound, Bound] | None = None,
+    bins: int | None = None,
+    min_bin_width: float = 1e-3,
+    min_bin_height: float = 1e-3,
+    min_derivative: float = 1e-3,
+    parametrization: str = "softplus",
+    slope: float = 1e-3,
+    boundary_slope: float = 1.0,
+    identity_init: bool = False,
+    scale: float = 1.0,
+    event_dims: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Map x elementwise through monotone rational-quadratic splines, and sum the log-determinant over the event
+    dimensions in the same pass. (Durkan et al. 2019, Neural Spline Flows, arXiv:1906.04032)
+
+    Args:
+        x: (*batch, *event), float32, float64, bfloat16 or float16, any strides.
+        parameters: the unconstrained parameters of K bins (2 to 128) for each element: widths, heights and
+            derivatives, packed as (*x.shape, P) = [K | K | D], or a tuple of three tensors (*x.shape, K),
+            (*x.shape, K), (*x.shape, D). Broadcastable to these shapes, any floating dtypes, any strides. D is K - 1
+            with tails="linear", K with "circular", and K + 1 with None or a sequence of tails.
+        inverse: map y to x.
+        tails: what is outside of the domain. None: the spline goes on straight with its end slopes. "linear": the
+            identity; the end slopes are boundary_slope. "circular": the identity; the last slope is the first.
+            A sequence has one of these for each element of x's last dimension; end parameters that a dimension does
+            not use are ignored and get no gradient.
+        domain: (left, right) of the spline, each a number or a tensor that broadcasts to x's last dimension. Tensors
+            get no gradient.
+        image: (bottom, top), like domain; the domain where left out. Only without tails, where outside is not the
+            identity.
+        bins: K, to check that the parameters have as many.
+        min_bin_width, min_bin_height: least share of the domain and the image that a bin takes, with "softplus".
+        min_derivative: least slope at a knot, with "softplus". These three count as the rounding of the arithmetic's
+            dtype where they are smaller, so that no bin has zero size.
+        parametrization: "softplus" (nflows, normflows): bins are minimum + (1 - minimum K) softmax(u), slopes
+            min_derivative + softplus(u). "softclip" (zuko): bins are softmax(u / (1 + |2 u / ln slope|)), slopes
+            exp(u / (1 + |u / ln slope|)).
+        slope: the least slope of "softclip", in (0, 1).
+        boundary_slope: the slope at the ends under linear tails. 1 makes the spline smooth there.
+        identity_init: with "softplus", scale softplus so that parameters of zero make slopes of one: with linear tails
+            the identity.
+        scale: factor of the unconstrained widths and heights, such as 1 / sqrt(hidden features).
+        event_dims: how many of the last dimensions the log-determinant is summed over.
+
+    Returns:
+        The transformed tensor, with x's shape and dtype, contiguous, and ladj (*batch) in nats of the direction taken,
+        float32 (float64 for float64 x). Arithmetic is in float32 (float64 for float64). NaN in gives NaN in that
+        element and row only; any finite x and parameters up to 1e6 give finite results and gradients.
+
+    Raises:
+        ValueError: for parameters whose number or shape does not fit, bins outside 2 .. 128, minimum sizes that leave
+            no room, bounds that are not increasing, an image beside tails, an unknown name, or event_dims outside
+            0 .. x.dim().
+        TypeError: for a dtype that is not floating.
+    """
+    parts, dimensions, spline = _settle(
+        x, parameters, tails=tails, domain=domain, image=image, bins=bins, min_bin_width=min_bin_width,
+        min_bin_height=min_bin_height, min_derivative=min_derivative, parametrization=parametrization, slope=slope,
+        boundary_slope=boundary_slope, identity_init=identity_init, scale=scale, event_dims=event_dims,
+    )  # fmt: skip
+    return _evaluate(x, parts, dimensions, spline, inverse)
+
+
+def _settle(
+    x: Tensor,
+    parameters: Tensor | Sequence[Tensor],
+    *,
+    tails: Tails = None,
+    domain: tuple[Bound, Bound] = (0.0, 1.0),
+    image: tuple[Bound, Bound] | None = None,
+    bins: int | None = None,
+    min_bin_width: float = 1e-3,
+    min_bin_height: float = 1e-3,
+    min_derivative: float = 1e-3,
+    parametrization: str = "softplus",
+    slope: float = 1e-3,
+    boundary_slope: float = 1.0,
+    identity_init: bool = False,
+    scale: float = 1.0,
+    event_dims: int = 1,
+) -> tuple[tuple[Tensor, ...], Tensor | None, _Spline]:
+    """The arguments checked, the parameters expanded to x, and what every element shares."""
+    if not x.is_floating_point():
+        raise TypeError(f"x has dtype {x.dtype}, but expected float32, float64, bfloat16 or float16")
+    if not 0 <= event_dims <= x.dim():
+        raise ValueError(f"event_dims is {event_dims}, but x has {x.dim()} dimensions")
+    layout = _layout(tails, x)
+    parts = (parameters,) if isinstance(parameters, Tensor) else tuple(parameters)
+    k = _bins(parts, layout, bins)
+    parts = tuple(_expand(name, part, x) for name, part in zip(_names(parts), parts, strict=True))
+    if parametrization not in PARAMETRIZATIONS:
+        raise ValueError(f"parametrization is {parametrization!r}, but expected one of {', '.join(PARAMETRIZATIONS)}")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale is {scale}, but expected a positive number")
+    if not 0 < boundary_slope < math.inf:
+        raise ValueError(f"boundary_slope is {boundary_slope}, but expected a positive number")
+    if parametrization == "softclip":
+        if identity_init:
+            raise ValueError("identity_init is True, but with parametrization 'softclip' zeros are the identity")
+        if not 0 < slope < 1:
+            raise ValueError(f"slope is {slope}, but expected a number between 0 and 1")
+        least = (0.0, 0.0, 0.0)
+        sharpness = -math.log(slope)
+    else:
+        for name, size in (("min_bin_width", min_bin_width), ("min_bin_height", min_bin_height)):
+            if not 0 <= size * k <= 1:
+                raise ValueError(f"{name} is {size}, but {k} bins need a number from 0 to 1/{k}")
+        if not 0 <= min_derivative < (1 if identity_init else math.inf):
+            raise ValueError(
+                f"min_derivative is {min_derivative}, but expected a number >= 0{', below 1' * identity_init}"
+            )
+        floor = torch.finfo(_arithmetic_dtype(x)).eps
+        least = (max(min_bin_width, floor), max(min_bin_height, floor), max(min_derivative, floor))
+        sharpness = math.log(2) / (1 - least[2]) if identity_init else 1.0
+    if image is not None and layout != 0 and any(t is not None for t in _each(tails)):
+        raise ValueError(f"image is given, but with tails {tails!r} outside is the identity: leave it None")
+    edges = _pair("domain", domain) + (_pair("domain", domain) if image is None else _pair("image", image))
+    dimensions = None
+    if layout == PER_DIMENSION or any(isinstance(edge, Tensor) for edge in edges):
+        dimensions = _dimensions(x, edges, tails, layout)
+        edges = (0.0, 1.0, 0.0, 1.0)
+    left, right, bottom, top = (float(edge) for edge in edges)
+    code = PARAMETRIZATIONS.index(parametrization)
+    spline = _Spline(
+        k, layout, left, right, bottom, top, *least, code, sharpness, float(boundary_slope), float(scale), event_dims
+    )
+    return parts, dimensions, spline
+
+
+def _each(tails: Tails) -> Sequence[str | None]:
+    return (tails,) if tails is None or isinstance(tails, str) else tails
+
+
+def _layout(tails: Tails, x: Tensor) -> int:
+    for tail in _each(tails):
+        if tail not in TAILS:
+            raise ValueError(f"tails has {tail!r}, but expected None, 'linear' or 'circular'")
+    if tails is None or isinstance(tails, str):
+        return TAILS.index(tails)
+    if x.dim() == 0 or len(tails) != x.shape[-1]:
+        raise ValueError(f"tails has {len(tails)} entries, but x has shape {tuple(x.shape)}: expected its last size")
+    return PER_DIMENSION
+
+
+def _names(parts: Sequence[Tensor]) -> Sequence[str]:
+    return ("parameters",) if len(parts) == 1 else ("widths", "heights", "derivatives")
+
+
+def _bins(parts: Sequence[Tensor], layout: int, bins: int | None) -> int:
+    """The number of bins, from the number of parameters."""
+    if len(parts) not in (1, 3):
+        raise ValueError(f"parameters has {len(parts)} tensors, but expected one, or widths, heights and derivatives")
+    for name, part in zip(_names(parts), parts, strict=True):
+        if not part.is_floating_point():
+            raise TypeError(f"{name} has dtype {part.dtype}, but expected float32, float64, bfloat16 or float16")
+        if part.dim() == 0:
+            raise ValueError(f"{name} has shape (), but expected one that ends with the parameters of an element")
+    more = {0: 1, 1: -1, 2: 0, PER_DIMENSION: 1}[layout]
+    counts = [part.shape[-1] for part in parts]
+    k = (counts[0] - more) // 3 if len(parts) == 1 else counts[0]
+    if bins is not None:
+        k = bins
+    if not 2 <= k <= MAX_BINS:
+        raise ValueError(f"parameters are for {k} bins, but expected 2 to {MAX_BINS}")
+    wanted = [3 * k + more] if len(parts) == 1 else [k, k, k + more]
+    if counts != wanted:
+        came, expected = (" + ".join(str(count) for count in each) for each in (counts, wanted))
+        raise ValueError(
+            f"parameters has {came} values for an element, but expected {expected}: "
+            f"{k} widths, {k} heights and {k + more} derivatives"
+        )
+    return k
+
+
+def _expand(name: str, part: Tensor, x: Tensor) -> Tensor:
+    if part.device != x.device:
+        raise ValueError(f"{name} is on {part.device}, but expected x's {x.device}")
+    if part.shape[:-1] == x.shape:
+        return part
+    try:
+        return part.expand(*x.shape, part.shape[-1])
+    except RuntimeError:
+        raise ValueError(
+            f"{name} has shape {tuple(part.shape)}, but expected one that broadcasts to "
+            f"{(*x.shape, part.shape[-1])}: x's shape and the parameters of an element"
+        ) from None
+
+
+def _pair(name: str, pair: tuple[Bound, Bound]) -> tuple[Bound, Bound]:
+    low, high = pair
+    if not (isinstance(low, Tensor) or isinstance(high, Tensor)) and not -math.inf < low < high < math.inf:
+        raise ValueError(f"{name} is ({low}, {high}), but expected two finite numbers, the lower first")
+    return low, high
+
+
+# (tails, dtype, device) -> their codes on that device: made once, so that a call copies nothing from the host.
+_codes: dict[tuple[Any, ...], Tensor] = {}
+
+
+def _tail_codes(tails: tuple[str | None, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def make() -> Tensor:
+        return torch.tensor([TAILS.index(tail) for tail in tails], dtype=dtype, device=device)
+
+    if torch.compiler.is_compiling():
+        return make()
+    key = (tails, dtype, device)
+    if key not in _codes:
+        _codes[key] = make()
+    return _codes[key]
+
+
+def _dimensions(x: Tensor, edges: Sequence[Bound], tails: Tails, layout: int) -> Tensor:
+    """(5, C): left, right, bottom, top and the code of the tails for each element of x's last dimension."""
+    count = x.shape[-1] if x.dim() else 1
+    dtype = _arithmetic_dtype(x)
+    rows = []
+    for name, edge in zip(("domain", "domain", "image", "image"), edges, strict=True):
+        if not isinstance(edge, Tensor):
+            rows.append(torch.full((count,), float(edge), dtype=dtype, device=x.device))
+            continue
+        if edge.device != x.device:
+            raise ValueError(f"{name} is on {edge.device}, but expected x's {x.device}")
+        if edge.numel() != 1 and (edge.numel() != count or edge.shape[-1] != count):
+            raise ValueError(
+                f"{name} has a bound of shape {tuple(edge.shape)}, but expected one that broadcasts to ({count},)"
+            )
+        rows.append(edge.detach().to(dtype).reshape(-1).expand(count))
+    if layout == PER_DIMENSION:
+        rows.append(_tail_codes(tuple(_each(tails)), dtype, x.device))
+    else:
+        rows.append(torch.full((count,), float(layout), dtype=dtype, device=x.device))
+    return torch.stack(rows)
