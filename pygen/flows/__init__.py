@@ -1,12 +1,13 @@
 """Normalizing flows: exact densities by an invertible map to the prior, layer by layer."""
 
 from pygen.flows.base import Base, ConditionalNormal, DiagonalNormal, StandardLogistic, StandardNormal, Uniform
-from pygen.flows.coupling import AffineCoupling
+from pygen.flows.coupling import AdditiveCoupling, AffineCoupling, MixtureCoupling, SplineCoupling
 from pygen.flows.flow import Flow
 from pygen.flows.realnvp import RealNVP, RealNVPConfig
 from pygen.flows.transform import FirstHalf, Inverse, Stack, Transform
 
 __all__ = [
+    "AdditiveCoupling",
     "AffineCoupling",
     "Base",
     "ConditionalNormal",
@@ -14,8 +15,10 @@ __all__ = [
     "FirstHalf",
     "Flow",
     "Inverse",
+    "MixtureCoupling",
     "RealNVP",
     "RealNVPConfig",
+    "SplineCoupling",
     "Stack",
     "StandardLogistic",
     "StandardNormal",

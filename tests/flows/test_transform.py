@@ -7,38 +7,13 @@ import io
 
 import pytest
 import torch
+from flow_cases import couplings
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
-from pygen.flows import AffineCoupling, FirstHalf, Inverse, Stack, Transform
+from pygen.flows import FirstHalf, Inverse, Stack, Transform
 from pygen.flows.memory import MODES
-
-
-class Conditioner(nn.Module):
-    """A small net with dropout and batch norm, and a context that is added."""
-
-    def __init__(self, kept: int, moved: int, *, dropout: float = 0.0, norm: bool = False) -> None:
-        super().__init__()
-        self.first = nn.Linear(kept, 16)
-        self.norm = nn.BatchNorm1d(16) if norm else nn.Identity()
-        self.dropout = nn.Dropout(dropout)
-        self.context = nn.Linear(2, 16)
-        self.second = nn.Linear(16, 2 * moved)
-
-    def forward(self, kept: Tensor, context: Tensor | None = None) -> Tensor:
-        hidden = self.first(kept)
-        if context is not None:
-            hidden = hidden + self.context(context)
-        return self.second(self.dropout(self.norm(hidden).tanh()))
-
-
-def couplings(depth: int, channels: int = 4, **options: object) -> list[Transform]:
-    low, high = channels // 2, (channels + 1) // 2
-    return [
-        AffineCoupling(Conditioner(*((low, high) if k % 2 else (high, low)), **options), flip=k % 2 == 1)
-        for k in range(depth)
-    ]
 
 
 class Reverse(Transform):
