@@ -1,14 +1,16 @@
 """A small class-conditional convolutional VAE with a discretized-logistic likelihood (Kingma and Welling 2014).
 
-ELBO = E_q log p(x | z, y) - KL(q(z | x, y) || N(0, I)); with k posterior draws, the importance-weighted bound
+ELBO = E_q log p(x | z, y) - KL(q(z | x, y) || p(z)); with k posterior draws, the importance-weighted bound
 IWAE_k = E log (1/k) sum_j p(x | z_j, y) p(z_j) / q(z_j | x, y) (Burda et al. 2016, arXiv:1509.00519, eq. 8).
+p(z) is N(0, I) or a flow (Chen et al. 2017, arXiv:1611.02731, section 3.2); q is a Gaussian, or a flow of one (Rezende
+and Mohamed 2015, arXiv:1505.05770, eq. 15; Kingma et al. 2016, arXiv:1606.04934).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -85,14 +87,52 @@ def standard_normal_log_prob(z: Tensor) -> Tensor:
     return -(z.square() + math.log(2 * math.pi)).sum(1) / 2
 
 
+class LatentTransform(Protocol):
+    """What a flow posterior needs of a transform: `pygen.flows.Transform` has it."""
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+
+
+class LatentPrior(Protocol):
+    """What a prior of z needs: `pygen.flows.Flow` and `pygen.flows.Base` have it."""
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor: ...
+
+    def sample(self, n: int, *, context: Tensor | None = None, ids: Tensor | None = None, seed: int = 0) -> Tensor: ...
+
+
 class VAE(GenerativeModel):
-    """A convolutional encoder and decoder around a Gaussian latent."""
+    """A convolutional encoder and decoder around a Gaussian latent, or one that flows make richer.
+
+    posterior_flow: a transform of (n, latent) whose inverse takes a draw of the encoder's Gaussian to z; its context is
+        the encoder's output (n, 2 latent), mean and log-variance. An inverse autoregressive flow is the one whose
+        inverse is a single pass.
+    prior: a flow over (n, latent) in the place of N(0, I).
+
+    Both are modules, trained with the rest. With either, the KL is estimated by the draw instead of in closed form.
+    ValueError: free_bits with either, because they are per dimension of a KL that has no dimensions then.
+    """
 
     density: ClassVar[Density] = Density.LOWER_BOUND
     config: VAEConfig
+    posterior_flow: LatentTransform | None
+    prior: LatentPrior | None
 
-    def __init__(self, config: VAEConfig) -> None:
+    def __init__(
+        self,
+        config: VAEConfig,
+        *,
+        posterior_flow: LatentTransform | None = None,
+        prior: LatentPrior | None = None,
+    ) -> None:
         super().__init__(config)
+        if config.free_bits and (posterior_flow is not None or prior is not None):
+            raise ValueError(
+                f"free_bits is {config.free_bits}, but expected 0 with a posterior_flow or a prior: their KL is not a "
+                "sum over dimensions"
+            )
+        self.posterior_flow = posterior_flow
+        self.prior = prior
         channels, height, width = config.shape
         known = 0 if config.classes is None else config.embedding
         self.embedding = None if config.classes is None else nn.Embedding(config.classes, config.embedding)
@@ -127,8 +167,11 @@ class VAE(GenerativeModel):
         x = self.check_pictures(x)
         known = self._embed(self.check_condition(condition, len(x)))
         posterior = self._posterior(x, known)
-        z = posterior.draw(torch.randn_like(posterior.mean))
-        kl = posterior.kl().mean(0).clamp_min(self.config.free_bits).sum()
+        z, log_q = self._draw(posterior, torch.randn_like(posterior.mean))
+        if self._closed_form:
+            kl = posterior.kl().mean(0).clamp_min(self.config.free_bits).sum()
+        else:
+            kl = (log_q - self._log_prior(z)).mean()
         return (self.config.beta * kl - self._log_likelihood(x, z, known).mean()) / self.config.dimensions
 
     def log_prob(
@@ -143,8 +186,8 @@ class VAE(GenerativeModel):
         """A lower bound on log p(x | condition) in nats, (n,), the same for the same x, ids and seed.
 
         x: (n, channels, height, width) in [-1, 1], taken at the nearest level. condition: int64 (n,).
-        importance_samples: posterior draws; 1 gives the ELBO with its KL in closed form, k > 1 the bound IWAE_k,
-            tighter in expectation as k grows, at k passes of the decoder.
+        importance_samples: posterior draws; 1 gives the ELBO (its KL in closed form where there are no flows), k > 1
+            the bound IWAE_k, tighter in expectation as k grows, at k passes of the decoder.
         Raises ValueError for shapes that do not fit and for importance_samples below 1.
         """
         if importance_samples < 1:
@@ -153,20 +196,21 @@ class VAE(GenerativeModel):
         ids = self.resolve_ids(len(x), ids)
         known = self._embed(self.check_condition(condition, len(x)))
         posterior = self._posterior(x, known)
-        if importance_samples == 1:
+        if importance_samples == 1 and self._closed_form:
             z = posterior.draw(ops.noise(ids, (self.config.latent,), seed=seed, draw=POSTERIOR_DRAW))
             return self._log_likelihood(x, z, known) - posterior.kl().sum(1)
         log_weights = []
         # One draw a pass takes no more memory than the ELBO, and makes the draws of a small k the first of a larger.
         for index in range(importance_samples):
-            z = posterior.draw(ops.noise(ids, (self.config.latent,), seed=seed, draw=POSTERIOR_DRAW + index))
-            joint = self._log_likelihood(x, z, known) + standard_normal_log_prob(z)
-            log_weights.append(joint - posterior.log_prob(z))
+            noise = ops.noise(ids, (self.config.latent,), seed=seed, draw=POSTERIOR_DRAW + index)
+            z, log_q = self._draw(posterior, noise)
+            log_weights.append(self._log_likelihood(x, z, known) + self._log_prior(z) - log_q)
         return torch.stack(log_weights).logsumexp(0) - math.log(importance_samples)
 
     def encode(self, x: Tensor, *, condition: Tensor | None = None) -> Tensor:
-        """The posterior's mean, (n, latent)."""
-        return self.posterior(x, condition=condition).mean
+        """The posterior's mean, or where its flow takes the mean of the Gaussian, (n, latent)."""
+        posterior = self.posterior(x, condition=condition)
+        return self._draw(posterior, torch.zeros_like(posterior.mean))[0]
 
     def decode(self, z: Tensor, *, condition: Tensor | None = None) -> Tensor:
         """The location of the likelihood, clamped to [-1, 1], (n, channels, height, width); not quantized."""
@@ -198,7 +242,10 @@ class VAE(GenerativeModel):
         refuse_steps(self, steps)
         ids = self.resolve_ids(n, ids)
         condition = self.resolve_condition(ids, condition)
-        z = ops.noise(ids, (self.config.latent,), seed=seed, draw=PRIOR_DRAW)
+        if self.prior is None:
+            z = ops.noise(ids, (self.config.latent,), seed=seed, draw=PRIOR_DRAW)
+        else:
+            z = self.prior.sample(n, ids=ids, seed=seed)
         if self.config.pixels == "mean":
             return [Stage("Z", z), Stage("X", self.decode(z, condition=condition))]
         mean, log_scale = self.likelihood(z, condition=condition)
@@ -208,6 +255,22 @@ class VAE(GenerativeModel):
 
     def network_passes(self, steps: int | None = None) -> int:
         return 1
+
+    @property
+    def _closed_form(self) -> bool:
+        return self.posterior_flow is None and self.prior is None
+
+    def _draw(self, posterior: Posterior, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """z from standard normal noise (n, latent), and log q(z | x) (n,)."""
+        start = posterior.draw(noise)
+        log_q = posterior.log_prob(start)
+        if self.posterior_flow is None:
+            return start, log_q
+        z, ladj = self.posterior_flow.inverse(start, torch.cat(posterior, dim=1))
+        return z, log_q - ladj
+
+    def _log_prior(self, z: Tensor) -> Tensor:
+        return standard_normal_log_prob(z) if self.prior is None else self.prior.log_prob(z)
 
     def _embed(self, condition: Tensor | None) -> Tensor | None:
         return None if self.embedding is None else self.embedding(condition)
