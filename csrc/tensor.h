@@ -98,14 +98,14 @@ struct Rows {
   int64_t event_sizes[kMaxDims], event_strides[kMaxDims];
 
   Rows() = default;
-  Rows(const Tensor& x, int64_t events) : data(x.data_ptr()), dtype(x.scalar_type()) {
+  // `skipped` dimensions at the end are left out, at their index 0.
+  Rows(const Tensor& x, int64_t events, int64_t skipped = 0) : data(x.data_ptr()), dtype(x.scalar_type()) {
     const auto sizes = x.sizes();
     const auto strides = x.strides();
-    const int64_t split = static_cast<int64_t>(sizes.size()) - events;
-    check(split >= 0, "event_dims is ", events, ", but x has only ", sizes.size(), " dimensions");
+    const int64_t dims = static_cast<int64_t>(sizes.size()) - skipped, split = dims - events;
+    check(split >= 0, "event_dims is ", events, ", but x has only ", dims, " dimensions");
     row_dims = merge(sizes.data(), strides.data(), 0, split, row_sizes, row_strides, &rows);
-    event_dims = merge(sizes.data(), strides.data(), split, static_cast<int64_t>(sizes.size()), event_sizes,
-                       event_strides, &width);
+    event_dims = merge(sizes.data(), strides.data(), split, dims, event_sizes, event_strides, &width);
   }
 
   bool dense() const { return event_dims == 0 || (event_dims == 1 && event_strides[0] == 1); }
