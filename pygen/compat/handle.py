@@ -96,12 +96,16 @@ class Changes:
         self.report_replaced(qualified_name(before), qualified_name(cls), place)
 
     def function(self, original: Callable[..., Any], replacement: Callable[..., Any]) -> None:
-        """Put `replacement` in the place of `original` in every loaded module that has it under some name."""
+        """Put `replacement` in the place of `original` in every loaded module that has it under some name.
+
+        A call that `replacement` answers with NotImplemented goes to `original`.
+        """
         changes = self
 
         @functools.wraps(original)
         def stand_in(*args: Any, **kwargs: Any) -> Any:
-            return (replacement if changes.in_force else original)(*args, **kwargs)
+            result = replacement(*args, **kwargs) if changes.in_force else NotImplemented
+            return original(*args, **kwargs) if result is NotImplemented else result
 
         for module_name, module in list(sys.modules.items()):
             if not isinstance(module, types.ModuleType) or module_name.partition(".")[0] == "pygen":
@@ -115,6 +119,7 @@ class Changes:
         """Put `replacement` in the place of a method, its own or inherited, of a class of the library.
 
         A subclass that overrides any other part of `cls` gets the original: the replacement does not call the parts.
+        So does a call that `replacement` answers with NotImplemented.
         """
         original = getattr(cls, name)
         changes = self
@@ -122,7 +127,9 @@ class Changes:
         @functools.wraps(original)
         def stand_in(self: Any, *args: Any, **kwargs: Any) -> Any:
             if changes.in_force and (type(self) is cls or not overrides(type(self), cls, name)):  # type: ignore[arg-type]
-                return replacement(self, *args, **kwargs)
+                result = replacement(self, *args, **kwargs)
+                if result is not NotImplemented:
+                    return result
             return original(self, *args, **kwargs)
 
         self.set(cls, name, stand_in)
