@@ -1,7 +1,7 @@
 """Normalizing flows: exact densities by an invertible map to the prior, layer by layer."""
 
 from pygen.flows.base import Base, ConditionalNormal, DiagonalNormal, StandardLogistic, StandardNormal, Uniform
-from pygen.flows.coupling import AdditiveCoupling, AffineCoupling, MixtureCoupling, SplineCoupling
+from pygen.flows.coupling import AdditiveCoupling, AffineCoupling, AffineInjector, MixtureCoupling, SplineCoupling
 from pygen.flows.flow import Flow
 from pygen.flows.realnvp import RealNVP, RealNVPConfig
 from pygen.flows.transform import FirstHalf, Inverse, Stack, Transform
@@ -9,6 +9,7 @@ from pygen.flows.transform import FirstHalf, Inverse, Stack, Transform
 __all__ = [
     "AdditiveCoupling",
     "AffineCoupling",
+    "AffineInjector",
     "Base",
     "ConditionalNormal",
     "DiagonalNormal",

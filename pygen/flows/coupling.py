@@ -145,6 +145,45 @@ class AffineCoupling(Coupling):
         return f"split={split}, flip={self.flip}, activation={self.activation!r}, limit={self.limit}"
 
 
+class AffineInjector(Transform):
+    """y = x s + t with the raw scales and the shifts given by the context alone: how a low-resolution picture enters
+    every layer of a super-resolution flow (Lugmayr et al. 2020, SRFlow, arXiv:2006.14200, section 3.3).
+
+    network: maps the context to (n, 2 c, ...) for x of (n, c, ...): raw scales first.
+    limit: the bound of |log s|, in nats; log s = limit tanh(raw).
+
+    ValueError: no context is given, or the network's output has another shape.
+    """
+
+    def __init__(self, network: nn.Module, *, limit: float = 3.0) -> None:
+        super().__init__()
+        if not limit > 0:
+            raise ValueError(f"limit is {limit}, but expected a positive number")
+        self.network = network
+        self.limit = limit
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._run(x, context, inverse=False)
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._run(y, context, inverse=True)
+
+    def _run(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        if context is None:
+            raise ValueError("context is None, but expected what the layer is conditioned on, with x's number of rows")
+        proposed: Tensor = self.network(context)
+        expected = (x.shape[0], 2 * x.shape[1], *x.shape[2:])
+        if proposed.shape != expected:
+            raise ValueError(f"network returned shape {tuple(proposed.shape)}, but expected {tuple(expected)}")
+        raw_scale, shift = proposed.chunk(2, dim=1)
+        return ops.affine(
+            x, raw_scale, shift, activation="tanh", limit=self.limit, event_dims=x.dim() - 1, inverse=inverse
+        )
+
+    def extra_repr(self) -> str:
+        return f"limit={self.limit}"
+
+
 class SplineCoupling(Coupling):
     """y by a monotone rational-quadratic spline, the identity outside [-bound, bound].
 

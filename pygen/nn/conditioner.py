@@ -6,6 +6,7 @@ convolutions of a block. The last convolution starts at zero, so that a coupling
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -61,3 +62,31 @@ class ConvConditioner(nn.Module):
         for block in self.blocks:
             hidden = block(hidden, condition)
         return self.head(F.silu(hidden))  # type: ignore[no-any-return]
+
+
+class PictureConditioner(nn.Module):
+    """A `ConvConditioner` that also reads a context picture, scaled to the size of what it stands beside.
+
+    in_channels, context_channels, out_channels: of the part that is read, of the context picture, and of the parameters
+    that are proposed. width, blocks, dropout: see `ConvConditioner`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        context_channels: int,
+        width: int = 64,
+        blocks: int = 2,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.net = ConvConditioner(
+            in_channels + context_channels, out_channels, width=width, blocks=blocks, dropout=dropout
+        )
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x (n, in_channels, height, width), context (n, context_channels, any height, any width)."""
+        beside = F.interpolate(context, size=x.shape[-2:], mode="bilinear", align_corners=False)
+        return self.net(torch.cat((x, beside), dim=1))  # type: ignore[no-any-return]
