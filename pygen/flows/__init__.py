@@ -1,7 +1,14 @@
 """Normalizing flows: exact densities by an invertible map to the prior, layer by layer."""
 
 from pygen.flows.base import Base, ConditionalNormal, DiagonalNormal, StandardLogistic, StandardNormal, Uniform
-from pygen.flows.coupling import AdditiveCoupling, AffineCoupling, AffineInjector, MixtureCoupling, SplineCoupling
+from pygen.flows.coupling import (
+    AdditiveCoupling,
+    AffineCoupling,
+    AffineInjector,
+    Coupling,
+    MixtureCoupling,
+    SplineCoupling,
+)
 from pygen.flows.flow import Flow
 from pygen.flows.realnvp import RealNVP, RealNVPConfig
 from pygen.flows.transform import FirstHalf, Inverse, Stack, Transform
@@ -12,6 +19,7 @@ __all__ = [
     "AffineInjector",
     "Base",
     "ConditionalNormal",
+    "Coupling",
     "DiagonalNormal",
     "FirstHalf",
     "Flow",

@@ -116,7 +116,8 @@ class AffineCoupling(Coupling):
         self.register_buffer("mask", mask if mask is None or not flip else ~mask)
 
     def couple(self, moved: Tensor, proposed: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        return self._affine(moved, *proposed.chunk(2, dim=1), inverse)
+        raw_scale, shift = proposed.chunk(2, dim=1)
+        return self._affine(moved, raw_scale, shift, inverse)
 
     def _run(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         if self.mask is None:
@@ -277,4 +278,5 @@ def spline_parameters(bins: int, tails: str | None) -> int:
 
 def _last(proposed: Tensor, channels: int, per_value: int) -> Tensor:
     """(n, channels per_value, ...) as (n, channels, ..., per_value), a view."""
-    return proposed.unflatten(1, (channels, per_value)).movedim(2, -1)
+    grouped = proposed.reshape(proposed.shape[0], channels, per_value, *proposed.shape[2:])
+    return grouped.movedim(2, -1)

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pygen.flows import AffineCoupling
+from pygen.flows import (
+    AdditiveCoupling,
+    AffineCoupling,
+    AffineInjector,
+    Coupling,
+    MixtureCoupling,
+    SplineCoupling,
+    Transform,
+)
 
 
 def dense(inputs: int, outputs: int) -> nn.Module:
@@ -103,3 +111,97 @@ def test_bad_input_is_named() -> None:
         AffineCoupling(nn.Identity(), mask=torch.ones(2, dtype=torch.bool), activation="sigmoid")
     with pytest.raises(ValueError, match="activation is 'cube'"):
         AffineCoupling(nn.Linear(1, 2), activation="cube")(torch.zeros(4, 2))
+
+
+BUILD = {
+    "additive": lambda net, flip: AdditiveCoupling(net(1), flip=flip),
+    "affine": lambda net, flip: AffineCoupling(net(2), flip=flip),
+    "spline": lambda net, flip: SplineCoupling(net(3 * 5 - 1), bins=5, bound=2.0, flip=flip),
+    "spline on a circle": lambda net, flip: SplineCoupling(net(3 * 5), bins=5, tails="circular", flip=flip),
+    "spline without tails": lambda net, flip: SplineCoupling(net(3 * 5 + 1), bins=5, tails=None, flip=flip),
+    "mixture": lambda net, flip: MixtureCoupling(net(2 + 3 * 4), components=4, flip=flip),
+}
+
+
+def picture_coupling(kind: str, channels: int, flip: bool) -> Coupling:
+    first = (channels + 1) // 2
+    kept, moved = (channels - first, first) if flip else (first, channels - first)
+    return BUILD[kind](lambda per_value: nn.Conv2d(kept, per_value * moved, 3, padding=1), flip).double()
+
+
+@pytest.mark.parametrize("kind", BUILD)
+@given(channels=st.integers(2, 4), n=st.integers(0, 2), height=st.integers(1, 3), flip=st.booleans())
+def test_every_kind_moves_pictures_back_and_forth(kind, channels, n, height, flip):
+    layer = picture_coupling(kind, channels, flip)
+    x = torch.randn(n, channels, height, 2, dtype=torch.float64)
+    y, ladj = layer(x)
+    back, minus = layer.inverse(y)
+    assert y.shape == x.shape
+    assert ladj.shape == (n,)
+    torch.testing.assert_close(back, x, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(minus, -ladj, rtol=1e-6, atol=1e-6)
+    first = (channels + 1) // 2
+    same = slice(first, None) if flip else slice(0, first)
+    assert torch.equal(y[:, same], x[:, same])
+    for i in range(n):
+        jacobian = torch.autograd.functional.jacobian(lambda v: layer(v[None])[0][0].flatten(), x[i])
+        determinant = torch.linalg.slogdet(jacobian.reshape(x[i].numel(), -1)).logabsdet
+        torch.testing.assert_close(determinant, ladj[i], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["spline", "mixture"])
+def test_a_channel_is_transformed_by_its_own_parameters(kind):
+    # The conditioner's output holds a channel's parameters together: those of channel 1 must not reach channel 0.
+    torch.manual_seed(0)
+    layer = picture_coupling(kind, 4, flip=False)
+    moved = torch.randn(2, 2, 3, 2, dtype=torch.float64)
+    proposed = torch.randn(2, 2 * layer.per_value, 3, 2, dtype=torch.float64)
+    before, _ = layer.couple(moved, proposed, inverse=False)
+    proposed[:, layer.per_value :] += torch.randn_like(proposed[:, layer.per_value :])
+    after, _ = layer.couple(moved, proposed, inverse=False)
+    assert torch.equal(before[:, 0], after[:, 0])
+    assert not torch.isclose(before[:, 1], after[:, 1]).all()
+
+
+def test_a_spline_coupling_with_a_silent_conditioner_is_the_identity():
+    layer = picture_coupling("spline", 4, flip=False)
+    nn.init.zeros_(layer.conditioner.weight)
+    nn.init.zeros_(layer.conditioner.bias)
+    x = 2 * torch.randn(3, 4, 2, 2, dtype=torch.float64)
+    y, ladj = layer(x)
+    torch.testing.assert_close(y, x)
+    torch.testing.assert_close(ladj, torch.zeros(3, dtype=torch.float64))
+
+
+def test_an_injector_is_affine_in_what_the_context_says():
+    injector: Transform = AffineInjector(nn.Linear(2, 6)).double()
+    x, context = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
+    y, ladj = injector(x, context)
+    back, minus = injector.inverse(y, context)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(minus, -ladj)
+    raw, shift = injector.network(context).chunk(2, dim=1)
+    torch.testing.assert_close(y, x * (3 * raw.tanh()).exp() + shift)
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda: SplineCoupling(nn.Identity(), bins=1), "bins is 1, but expected at least 2"),
+        (lambda: SplineCoupling(nn.Identity(), bound=0.0), "bound is 0.0, but expected a positive number"),
+        (lambda: MixtureCoupling(nn.Identity(), components=0), "components is 0, but expected at least 1"),
+        (lambda: AffineInjector(nn.Identity(), limit=0.0), "limit is 0.0, but expected a positive number"),
+        (lambda: AffineInjector(nn.Identity())(torch.zeros(2, 3)), "context is None, but expected what the layer"),
+        (
+            lambda: AffineInjector(nn.Identity())(torch.zeros(2, 3), torch.zeros(2, 3)),
+            r"network returned shape \(2, 3\), but expected \(2, 6\)",
+        ),
+        (
+            lambda: SplineCoupling(nn.Linear(2, 5), bins=4)(torch.zeros(3, 4)),
+            r"conditioner returned shape \(3, 5\), but expected \(3, 22\)",
+        ),
+    ],
+)
+def test_bad_arguments_of_the_other_kinds(act, message):
+    with pytest.raises(ValueError, match=message):
+        act()
