@@ -12,7 +12,7 @@ import threading
 import types
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -22,8 +22,8 @@ _SHOWN_PLACES = 3
 
 @dataclasses.dataclass(frozen=True)
 class Replaced:
-    """name: the class or function of the library; by: what stands in for it; places: the paths of the layers in the
-    model, or where the function was found by name."""
+    """name: the class or function of the library; by: what stands in for it; places: the paths of the layers in a
+    model, the methods of a class, or the names that a function was found by."""
 
     name: str
     by: str
@@ -133,7 +133,7 @@ class Changes:
             return original(self, *args, **kwargs)
 
         self.set(cls, name, stand_in)
-        self.report_replaced(qualified_name(original), qualified_name(replacement), f"{qualified_name(cls)}.{name}")
+        self.report_replaced(qualified_name(cls), qualified_name(replacement).removesuffix(f".{name}"), name)
 
     def undo(self) -> None:
         """Put everything back, last change first. What somebody else has set since stays theirs, with a warning."""
@@ -286,13 +286,11 @@ def _places(places: tuple[str, ...]) -> str:
 def _table(title: str, active: bool, replaced: tuple[Replaced, ...], left: tuple[Left, ...]) -> str:
     state = "" if active else " (undone)"
     lines = [f"{title}{state}: {sum(r.count for r in replaced)} replaced, {sum(e.count for e in left)} left alone"]
-    rows: list[tuple[Literal["replaced", "left alone"], str, int, str, str]] = [
-        ("replaced", r.name, r.count, _places(r.places), f"-> {r.by}") for r in replaced
-    ]
-    rows += [("left alone", e.name, e.count, _places(e.places), e.reason) for e in left]
-    widths = [max((len(str(row[column])) for row in rows), default=0) for column in range(4)]
+    rows = [("replaced", r.count, r.name, f"-> {r.by}", r.places) for r in replaced]
+    rows += [("left alone", e.count, e.name, e.reason, e.places) for e in left]
+    names, notes = (max((len(row[column]) for row in rows), default=0) for column in (2, 3))
     lines += [
-        f"  {state:{widths[0]}}  {name:{widths[1]}}  {count:>{widths[2]}} x  {places:{widths[3]}}  {note}"
-        for state, name, count, places, note in rows
+        f"  {state:10} {count:4} x  {name:{names}}  {note:{notes}}  {_places(places)}"
+        for state, count, name, note, places in rows
     ]
     return "\n".join(lines)
