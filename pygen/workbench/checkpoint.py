@@ -32,7 +32,7 @@ import pygen
 from pygen.model import GenerativeModel
 from pygen.workbench import families, require
 
-FORMAT = 1
+FORMAT = 2
 LATEST = "latest"
 WEIGHTS, AVERAGE, STATE, FACTS = "model.safetensors", "ema.safetensors", "state.safetensors", "state.json"
 _UNFINISHED = (".writing-", ".removing-")
@@ -46,7 +46,7 @@ class CheckpointError(ValueError):
 class Checkpoint:
     """Everything that a run needs to go on as if it had never stopped.
 
-    family: a name in FAMILIES, or None for a model from elsewhere; model_class is its class by name.
+    family, recipe: names in FAMILIES, or None for a model from elsewhere; model_class is its class by name.
     config: the model's `config_dict()`.
     step: training steps done.
     seconds: time spent training so far.
@@ -60,6 +60,7 @@ class Checkpoint:
     """
 
     family: str | None
+    recipe: str | None
     model_class: str
     config: Mapping[str, Any]
     step: int
@@ -201,7 +202,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def load_model(path: str | Path, *, ema: bool = True, model: GenerativeModel | None = None) -> GenerativeModel:
-    """A trained model, in evaluation mode: rebuilt from its family and configuration, or `model` with its weights.
+    """A trained model, in evaluation mode: rebuilt from its recipe and configuration, or `model` with its weights.
 
     ema: take the moving average of the weights, which samples better, rather than the last weights.
     model: needed only for a model from outside FAMILIES.
@@ -217,7 +218,7 @@ def load_model(path: str | Path, *, ema: bool = True, model: GenerativeModel | N
             )
         try:
             with torch.random.fork_rng(devices=[]):
-                model = families.build(facts["family"], **facts["config"])
+                model = families.build(facts["family"], facts["recipe"], **facts["config"])
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{folder / FACTS} has a configuration that this pygen refuses: {error}") from error
     file = folder / (AVERAGE if ema else WEIGHTS)

@@ -18,11 +18,12 @@ import subprocess
 import sys
 import textwrap
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pygen.workbench import MissingDependency, require
+from pygen.workbench.families import FAMILIES, label, resolve
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +49,7 @@ commands:
 examples:
   pygen compare --data digits --out runs/compare
   pygen train diffusion --data digits --out runs/diffusion --steps 2000
+  pygen train flow --recipe glow --out runs/glow
   pygen sample runs/diffusion --count 64 --out grid.png
 
 Each command explains its options: pygen COMMAND --help
@@ -183,9 +185,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _compare(arguments: list[str]) -> int:
     if any(argument.partition("=")[0] == "--family" for argument in arguments):
         raise UserError("there is no option --family: did you mean --families?")
-    options = _parse(Compare, "compare", arguments)
+    options = _parse(_compare_options(), "compare", arguments)
     if not options.families:
         raise UserError(f"--families is empty, but expected some of {', '.join(FAMILY_NAMES)}")
+    chosen = {family: _known_recipe(family, getattr(options, family)) for family in _with_recipes()}
+    for family, recipe in chosen.items():
+        if family not in options.families and recipe != resolve(family):
+            raise UserError(f"--{family} is {recipe}, but --families has no {family}")
     from pygen.workbench.comparison import compare
     from pygen.workbench.data import load_data
 
@@ -193,6 +199,7 @@ def _compare(arguments: list[str]) -> int:
         data=load_data(options.data, size=options.size),
         out=options.out,
         families=list(dict.fromkeys(options.families)),
+        recipes=chosen,
         budget=options.budget,
         seed=options.seed,
         device=_device(options.device),
@@ -216,13 +223,15 @@ def _train(arguments: list[str]) -> int:
     from pygen.workbench.checkpoint import has_checkpoint
     from pygen.workbench.data import load_data
 
-    options = _parse(_train_options(family), f"train {family}", arguments[1:])
+    recipe = _recipe(family, arguments[1:])
+    options = _parse(_train_options(family, recipe), f"train {family}", arguments[1:])
     train, _ = load_data(options.data, size=options.size).split()
     if options.resume and not has_checkpoint(options.out):
         _say(f"{options.out} holds no checkpoint to resume: training starts at the first step")
     recipes.train_family(
         family,
         train,
+        recipe=recipe,
         out=options.out,
         training=options.training,
         model={field.name: getattr(options.model, field.name) for field in dataclasses.fields(options.model)},
@@ -385,16 +394,54 @@ def _positional(options: Any) -> Any:
     return options
 
 
-def _train_options(family: Family) -> Any:
-    """The options of `pygen train FAMILY`: the family's recipe as defaults, its model under --model."""
+def _with_recipes() -> list[str]:
+    """The families that have more than one recipe."""
+    return [family for family, recipes in FAMILIES.items() if len(recipes) > 1]
+
+
+def _known_recipe(family: str, name: str) -> str:
+    known: str = _known(name, FAMILIES[family], f"{family} recipe")
+    return known
+
+
+def _recipe(family: Family, arguments: list[str]) -> str:
+    """The recipe that the arguments name: it decides what other options there are."""
+    if family in _with_recipes():
+        for position, argument in reversed(list(enumerate(arguments))):
+            option, equals, value = argument.partition("=")
+            if option == "--recipe":
+                return _known_recipe(family, value if equals else "".join(arguments[position + 1 : position + 2]))
+    return resolve(family)
+
+
+def _compare_options() -> Any:
+    """`Compare`, with an option for each family that has several recipes."""
+    require("tyro", "the command line")
+    import tyro
+
+    fields = [
+        (family, Annotated[str, tyro.conf.arg(help=f"Recipe of the {family} family: {_or(FAMILIES[family])}.")], first)
+        for family, first in ((family, resolve(family)) for family in _with_recipes())
+    ]
+    options = dataclasses.make_dataclass("Compare", fields, bases=(Compare,), frozen=True, kw_only=True)
+    options.__doc__ = Compare.__doc__
+    return options
+
+
+def _or(words: Iterable[str]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} or {last}"
+
+
+def _train_options(family: Family, recipe: str) -> Any:
+    """The options of `pygen train FAMILY`: a recipe of the family as defaults, its model under --model."""
     import tyro
 
     from pygen.model import ModelConfig
-    from pygen.workbench import recipes
     from pygen.workbench.families import config_class
 
-    config = config_class(family)
-    recipe = recipes.RECIPES[family]
+    config = config_class(family, recipe)
+    found = FAMILIES[family][recipe]
     of_the_data = {field.name for field in dataclasses.fields(ModelConfig)}
     described = _described(config.__doc__ or "", [field.name for field in dataclasses.fields(config)])
     hints = typing.get_type_hints(config)
@@ -402,14 +449,14 @@ def _train_options(family: Family) -> Any:
         (
             field.name,
             Annotated[hints[field.name], tyro.conf.arg(help=described.get(field.name, ""))],
-            recipe.model.get(field.name, field.default),
+            found.changes.get(field.name, field.default),
         )
         for field in dataclasses.fields(config)
         if field.name not in of_the_data
     ]
     model = dataclasses.make_dataclass("Model", model_fields, frozen=True, kw_only=True)
     model.__doc__ = (config.__doc__ or "").strip().split("\n")[0]
-    training = dataclasses.replace(recipe.training, checkpoint_every=1000)
+    training = dataclasses.replace(found.training, checkpoint_every=1000)
 
     def option(kind: Any, text: str) -> Any:
         return Annotated[kind, tyro.conf.arg(help=text)]
@@ -421,16 +468,19 @@ def _train_options(family: Family) -> Any:
             "digits",
         ),
         ("size", option(int | None, "For a folder of images: scale and crop each to this many pixels square."), None),
-        ("out", option(Path, "Folder for checkpoints."), Path("runs") / family),
+        ("out", option(Path, "Folder for checkpoints."), Path("runs") / label(family, recipe).replace(" ", "-")),
         ("resume", option(bool, "Go on from the last checkpoint in the folder, bit for bit."), False),
         ("tensorboard", option(bool, "Also write the losses to the folder's tensorboard."), False),
         ("device", option(str, "cpu, cuda, or auto: cuda where there is one."), "auto"),
         ("training", Annotated[type(training), tyro.conf.arg(name="")], training),
         ("model", model, model()),
     ]
+    if family in _with_recipes():
+        text = f"Which model: {_or(FAMILIES[family])}. The defaults and the options under --model are its own."
+        fields.insert(0, ("recipe", option(str, text), recipe))
     train = dataclasses.make_dataclass("Train", fields, frozen=True, kw_only=True)
     train.__doc__ = (
-        f"Train a model of the family {family}.\n\nThe defaults are the recipe of `pygen compare`. The folder gets "
+        f"Train a model of the family {family}.\n\nThe defaults are those of `pygen compare`. The folder gets "
         "checkpoints that `pygen sample` and `pygen evaluate` read."
     )
     return train

@@ -24,8 +24,9 @@ from pygen.workbench import figures, report, require
 from pygen.workbench.checkpoint import prepare_folder
 from pygen.workbench.data import Dataset
 from pygen.workbench.evaluation import Judge, evaluate, quality_with_steps
+from pygen.workbench.families import find, resolve
 from pygen.workbench.information import library_versions, processor_name
-from pygen.workbench.recipes import RECIPES, build_family, train_family, training_for
+from pygen.workbench.recipes import build_family, train_family, training_for
 from pygen.workbench.training import TrainingConfig
 
 STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -38,6 +39,7 @@ def compare(
     data: Dataset,
     out: Path,
     families: Sequence[str],
+    recipes: Mapping[str, str] | None = None,
     budget: str = "quick",
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -45,33 +47,37 @@ def compare(
 ) -> dict[str, Any]:
     """Train and judge the families; the summary that is also written to `out`/summary.json.
 
+    recipes: by family, which of its recipes; by default the first.
+
     Writes report.html, summary.json, samples_<family>.png, crossing.png, passes.svg and a folder of checkpoints for
     each family, and prints the table and the path of the report. The split of the data is the same for every seed.
 
-    Raises ValueError for an unknown budget, no families, data that cannot be split or pictures that a family refuses,
-    CheckpointError for a folder that cannot be written, and MissingDependency, all before any training.
+    Raises ValueError for an unknown recipe or budget, no families, data that cannot be split or pictures that a family
+    refuses, CheckpointError for a folder that cannot be written, and MissingDependency, all before any training.
     """
     if not families:
         raise ValueError("families is empty, but expected at least one name")
-    training = {family: training_for(family, budget=budget, seed=seed) for family in families}
+    chosen = {family: resolve(family, (recipes or {}).get(family)) for family in families}
+    training = {family: training_for(family, chosen[family], budget=budget, seed=seed) for family in families}
     start = time.perf_counter()
     train, test = data.split()
     for family in families:
         try:
-            build_family(family, train, seed=seed)
+            build_family(family, train, recipe=chosen[family], seed=seed)
         except ValueError as error:
             raise ValueError(f"the family {family} does not take the pictures of {data.name}: {error}") from error
     for module in ("matplotlib.figure", "PIL.Image", "torchmetrics.image.fid"):
         require(module, "a comparison")
     prepare_folder(out)
     with _threads(math.prod(train.shape)):
-        return _compare(train, test, out, training, start, budget, seed, device, progress)
+        return _compare(train, test, out, chosen, training, start, budget, seed, device, progress)
 
 
 def _compare(
     train: Dataset,
     test: Dataset,
     out: Path,
+    recipes: Mapping[str, str],
     training: Mapping[str, TrainingConfig],
     start: float,
     budget: str,
@@ -79,7 +85,7 @@ def _compare(
     device: torch.device | str,
     progress: bool,
 ) -> dict[str, Any]:
-    families = list(training)
+    families = list(recipes)
     say = print if progress else _silent
     judge = Judge(train, test, seed=seed, say=functools.partial(say, flush=True))
     real, noise = judge.score(judge.real, judge.labels), judge.score(judge.noise(seed=seed))
@@ -90,16 +96,28 @@ def _compare(
     models: dict[str, GenerativeModel] = {}
     samples: dict[str, Tensor] = {}
     for number, family in enumerate(families, 1):
-        say(f"\n[{number}/{len(families)}] {figures.TITLES[family]}: training", flush=True)
+        title = f"[{number}/{len(families)}] {figures.name_of(family, recipes[family])}"
+        say(f"\n{title}: training", flush=True)
         folder = out / "checkpoints" / family
         shutil.rmtree(folder, ignore_errors=True)
-        trained = train_family(family, train, training=training[family], out=folder, device=device, progress=progress)
+        trained = train_family(
+            family,
+            train,
+            recipe=recipes[family],
+            training=training[family],
+            out=folder,
+            device=device,
+            progress=progress,
+        )
         passes = trained.ema.network_passes()
-        title = f"[{number}/{len(families)}] {figures.TITLES[family]}"
         each = f"{passes} network pass{'' if passes == 1 else 'es'} each"
         say(f"{title}: judging {judge.count} samples, {each}", flush=True)
         result, samples[family] = evaluate(trained.ema, judge, seed=seed)
-        rows[family] = {**dataclasses.asdict(result), "train_seconds": trained.seconds}
+        rows[family] = {
+            "recipe": recipes[family],
+            **dataclasses.asdict(result),
+            "train_seconds": trained.seconds,
+        }
         models[family] = trained.ema
 
     curve: list[dict[str, float]] = []
@@ -129,7 +147,7 @@ def _compare(
             "classes": judge.classifier.classes,
         },
         "steps_curve": curve,
-        "recipes": {family: _shown(config, RECIPES[family].model) for family, config in training.items()},
+        "recipes": {family: _shown(training[family], find(family, name).changes) for family, name in recipes.items()},
         "versions": {
             "pygen": pygen.__version__,
             "python": sys.version.split()[0],
@@ -168,9 +186,9 @@ def machine(device: torch.device | str) -> dict[str, Any]:
     }
 
 
-def _shown(training: TrainingConfig, model: Mapping[str, Any]) -> dict[str, Any]:
+def _shown(training: TrainingConfig, changes: Mapping[str, Any]) -> dict[str, Any]:
     keys = ("steps", "batch_size", "learning_rate", "betas", "weight_decay", "schedule", "ema_images")
-    return {**{key: getattr(training, key) for key in keys}, "model": ", ".join(f"{k}={v}" for k, v in model.items())}
+    return {**{key: getattr(training, key) for key in keys}, "model": ", ".join(f"{k}={v}" for k, v in changes.items())}
 
 
 def _yardstick(quality: Mapping[str, Any], density: str | None, bits: float | None) -> dict[str, Any]:
@@ -218,7 +236,9 @@ def _write(
     for family, pictures in samples.items():
         drawn = pictures[in_columns(judge.labels, test.classes, judge.count)[0]]
         sheets[family] = figures.sheet_png(drawn, columns, ink=ink)
-        beside = figures.samples_beside_real(drawn, shown_real, figures.TITLES[family], columns=columns, ink=ink)
+        beside = figures.samples_beside_real(
+            drawn, shown_real, figures.name_of(family, rows[family]["recipe"]), columns=columns, ink=ink
+        )
         (out / f"samples_{family}.png").write_bytes(beside)
 
     ways = {family: _way(model, seed=seed) for family, model in models.items()}

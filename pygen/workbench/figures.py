@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pygen.model import Stage
 from pygen.workbench import require
+from pygen.workbench.families import FAMILIES
 
 TITLES = {
     "gan": "GAN",
@@ -47,6 +48,11 @@ STYLE: dict[str, Any] = {
     "ytick.labelcolor": INK,
     "svg.hashsalt": "pygen",
 }
+
+
+def name_of(family: str, recipe: str) -> str:
+    """What to call a family, with its recipe where it has several."""
+    return f"{TITLES[family]} ({recipe})" if len(FAMILIES[family]) > 1 else TITLES[family]
 
 
 def is_ink(pictures: Tensor) -> bool:

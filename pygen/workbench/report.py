@@ -7,7 +7,7 @@ import html
 from collections.abc import Mapping
 from typing import Any
 
-from pygen.workbench.figures import COLOURS, TITLES
+from pygen.workbench.figures import COLOURS, TITLES, name_of
 
 STYLE = """
 :root { color-scheme: light; --ink: #22252b; --soft: #5d636e; --line: #e3e1dc; --paper: #fdfcfa; --wash: #f4f2ed; }
@@ -117,7 +117,7 @@ def terminal_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         passes, taken = row.get("network_passes"), row.get("train_seconds")
         lines.append(
             (
-                TITLES.get(name, name),
+                name_of(name, row["recipe"]) if "recipe" in row else name,
                 row.get("density") or "-",
                 bits({"bits_per_dim": None, **row}).replace("≤ ", "<="),
                 number(row["frechet"]),
@@ -189,7 +189,7 @@ def _table(summary: Mapping[str, Any]) -> str:
         rank = name in families
         if rank:
             dot = f'<span class="dot" style="background:{COLOURS[name]}"></span>'
-            label = f"{dot}{TITLES[name]}<small>{SAYING[name]}</small>"
+            label = f"{dot}{name_of(name, row['recipe'])}<small>{SAYING[name]}</small>"
         else:
             label = {
                 "real": "Real pictures<small>to beat</small>",
@@ -230,7 +230,7 @@ def _samples(families: Mapping[str, Any], sheets: Mapping[str, bytes]) -> str:
             text = "<b>Real</b>, from the held-out split"
         else:
             row = families[name]
-            text = f"<b>{TITLES[name]}</b>, Fréchet {number(row['frechet'])}"
+            text = f"<b>{name_of(name, row['recipe'])}</b>, Fréchet {number(row['frechet'])}"
             if row["agreement"] is not None:
                 text += f", {row['agreement']:.1%} read as the class asked for"
         alt = "Real pictures" if name == "real" else f"Samples of {TITLES[name]}"
@@ -352,7 +352,7 @@ def _machine(summary: Mapping[str, Any]) -> str:
     keys = list(dict.fromkeys(key for recipe in summary["recipes"].values() for key in recipe))
     head = "".join(f"<th>{html.escape(key.replace('_', ' '))}</th>" for key in keys)
     body = "\n".join(
-        f"<tr><td>{TITLES[family]}</td>"
+        f"<tr><td>{name_of(family, summary['families'][family]['recipe'])}</td>"
         + "".join(f"<td>{html.escape(_plain(recipe.get(key)))}</td>" for key in keys)
         + "</tr>"
         for family, recipe in summary["recipes"].items()

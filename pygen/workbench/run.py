@@ -26,7 +26,7 @@ from pygen.workbench.checkpoint import (
     save_checkpoint,
 )
 from pygen.workbench.data import Dataset, permutation
-from pygen.workbench.families import family_of
+from pygen.workbench.families import recipe_of
 from pygen.workbench.progress import Progress, Reporter
 from pygen.workbench.settings import TrainingConfig
 
@@ -195,8 +195,10 @@ class Run:
         generators = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             generators["cuda"] = torch.cuda.get_rng_state(self.device)
+        family, recipe = recipe_of(self.model) or (None, None)
         return Checkpoint(
-            family=family_of(self.model),
+            family=family,
+            recipe=recipe,
             model_class=f"{type(self.model).__module__}.{type(self.model).__qualname__}",
             config=self.model.config_dict(),
             step=self.step,
@@ -214,6 +216,7 @@ class Run:
         """Take up the state of a checkpoint; CheckpointError where it is of another model, data or configuration."""
         now = self.checkpoint()
         for what, old, new in (
+            ("the model's", {"class": saved.model_class}, {"class": now.model_class}),
             ("the model's", saved.config, now.config),
             ("the training's", saved.training, now.training),
         ):

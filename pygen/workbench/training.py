@@ -21,7 +21,8 @@ from pygen.workbench.checkpoint import (
     remove_unfinished,
 )
 from pygen.workbench.data import Dataset
-from pygen.workbench.families import family_of
+from pygen.workbench.families import label as label_of
+from pygen.workbench.families import recipe_of
 from pygen.workbench.progress import Progress
 from pygen.workbench.run import Run, TrainingDiverged
 from pygen.workbench.settings import TrainingConfig
@@ -74,7 +75,7 @@ def train(
     resume: go on from the latest checkpoint in `out`, if it has one. Without it, a folder that has one is refused.
     device: where to train; where the model is by default.
     progress: a line on stderr, or a function to call with each Progress.
-    label: what the progress line starts with; the family by default.
+    label: what the progress line starts with; the family and the recipe by default.
     tensorboard: also write the history to `out`/tensorboard; needs the package tensorboard.
 
     Raises ValueError before training where data, model and configuration do not fit, CheckpointError where `out` cannot
@@ -100,10 +101,15 @@ def train(
         if folder is not None and has_checkpoint(folder):
             remove_unfinished(folder)
             run.restore(load_checkpoint(folder), folder)
-        run.go(folder, progress, family_of(model) or type(model).__name__ if label is None else label, record)
+        run.go(folder, progress, _label(model) if label is None else label, record)
     return TrainingResult(
         model.eval(), run.average, run.step, run.seconds, run.history, find_checkpoint(folder) if folder else None
     )
+
+
+def _label(model: GenerativeModel) -> str:
+    known = recipe_of(model)
+    return type(model).__name__ if known is None else label_of(*known)
 
 
 def _check_fit(model: GenerativeModel, dataset: Dataset) -> None:

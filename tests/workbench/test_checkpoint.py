@@ -168,7 +168,7 @@ def test_a_damaged_file_is_named(trained: Path, tmp_path: Path, file: str, damag
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda facts: facts.update(format=2), "format 2, but this pygen reads 1"),
+        (lambda facts: facts.update(format=9), "format 9, but this pygen reads 2"),
         (lambda facts: facts.pop("format"), "no format number"),
         (lambda facts: facts.pop("step"), "lacks step"),
         (lambda facts: facts.update(checksums={}), "checksum"),
@@ -225,13 +225,17 @@ def test_no_pickle_is_read_or_written(trained: Path) -> None:
         assert path.suffix in (".safetensors", ".json")
 
 
-@pytest.mark.parametrize("name", families.FAMILIES)
-def test_every_family_comes_back_from_disk(name: str, tmp_path: Path) -> None:
+RECIPES = [(family, recipe) for family, recipes in families.FAMILIES.items() for recipe in recipes]
+
+
+@pytest.mark.parametrize(("family", "recipe"), RECIPES)
+def test_every_recipe_comes_back_from_disk(family: str, recipe: str, tmp_path: Path) -> None:
     torch.manual_seed(3)
-    model = families.build(name)
-    assert families.family_of(model) == name
+    model = families.build(family, recipe)
+    assert families.recipe_of(model) == (family, recipe)
     facts = Checkpoint(
-        family=name,
+        family=family,
+        recipe=recipe,
         model_class="",
         config=model.config_dict(),
         step=0,
@@ -253,14 +257,14 @@ def test_every_family_comes_back_from_disk(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(value, model_tensors(model)[key]) for key, value in model_tensors(again).items())
 
 
-@pytest.mark.parametrize("name", families.FAMILIES)
-def test_no_family_keeps_state_that_a_checkpoint_misses(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "recipe"), RECIPES)
+def test_no_recipe_keeps_state_that_a_checkpoint_misses(family: str, recipe: str, tmp_path: Path) -> None:
     data = load_data("digits")
 
     def go(steps: int, out: Path) -> Checkpoint:
         torch.manual_seed(0)
         config = TrainingConfig(steps=steps, batch_size=8, schedule="constant", log_every=1)
-        train(families.build(name), data, config, out=out, resume=True, progress=False)
+        train(families.build(family, recipe), data, config, out=out, resume=True, progress=False)
         return load_checkpoint(out)
 
     go(1, tmp_path / "halves")
@@ -275,7 +279,10 @@ def test_families_by_name() -> None:
         families.build("flwo")
     with pytest.raises(ValueError, match="'level' is no setting of the flow family: did you mean 'levels'"):
         families.build("flow", level=3)
-    assert families.family_of(build(Toy)) is None
+    with pytest.raises(ValueError, match="'realnpv' is no recipe of the flow family: did you mean 'realnvp'"):
+        families.build("flow", "realnpv")
+    assert families.label("flow") == families.label("flow", "realnvp") == "flow"
+    assert families.recipe_of(build(Toy)) is None
 
 
 def test_a_missing_package_is_one_sentence() -> None:

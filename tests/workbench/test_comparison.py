@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from pygen.workbench import comparison, evaluation, recipes, report
+from pygen.workbench import comparison, evaluation, report
 from pygen.workbench.checkpoint import CheckpointError
 from pygen.workbench.classifier import train_classifier
 from pygen.workbench.comparison import compare, in_columns
 from pygen.workbench.data import Dataset, load_data
+from pygen.workbench.families import FAMILIES
 
 for package in ("sklearn", "torchmetrics", "matplotlib", "PIL", "safetensors"):
     pytest.importorskip(package)
@@ -34,7 +35,7 @@ KEYS = {
     "train_seconds",
     "parameters",
 }
-FAMILIES = ("gan", "diffusion")
+COMPARED = ("gan", "diffusion")
 SMALL: dict[str, dict[str, Any]] = {
     "gan": {"width": 16},
     "vae": {"width": 16},
@@ -48,11 +49,13 @@ def some_digits() -> Dataset:
     return dataclasses.replace(digits, pictures=digits.pictures[:240], labels=digits.labels[:240])
 
 
-def run(out: Path, seed: int, families: tuple[str, ...] = FAMILIES, data: Dataset | None = None) -> dict[str, Any]:
+def run(out: Path, seed: int, families: tuple[str, ...] = COMPARED, data: Dataset | None = None) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         for family in families:
-            training = dataclasses.replace(recipes.RECIPES[family].training, steps=3, batch_size=16, warmup=0)
-            patch.setitem(recipes.RECIPES, family, recipes.Recipe(training=training, model=SMALL[family]))
+            name, recipe = next(iter(FAMILIES[family].items()))
+            training = dataclasses.replace(recipe.training, steps=3, batch_size=16, warmup=0)
+            small = dataclasses.replace(recipe, training=training, changes=SMALL[family])
+            patch.setitem(FAMILIES, family, {**FAMILIES[family], name: small})
         patch.setattr(comparison, "STEPS", (1, 2, 4))
         patch.setattr(evaluation, "train_classifier", functools.partial(train_classifier, steps=150))
         return compare(data=data or some_digits(), out=out, families=families, seed=seed)
@@ -76,7 +79,7 @@ def test_summary_has_the_promised_structure_and_only_finite_numbers(finished: tu
     out, summary = finished
     assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(summary))
     assert {"families", "real", "noise", "machine", "seed"} <= summary.keys()
-    assert tuple(summary["families"]) == FAMILIES
+    assert tuple(summary["families"]) == COMPARED
     for row in (*summary["families"].values(), summary["real"], summary["noise"]):
         assert row.keys() >= KEYS
     assert summary["seed"] == 3
@@ -95,13 +98,13 @@ def test_summary_has_the_promised_structure_and_only_finite_numbers(finished: tu
 
 def test_the_files_are_there_and_the_report_needs_nothing_else(finished: tuple[Path, dict[str, Any]]) -> None:
     out, summary = finished
-    for family in FAMILIES:
+    for family in COMPARED:
         assert (out / f"samples_{family}.png").read_bytes().startswith(b"\x89PNG")
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "<script" not in page
     assert "@import" not in page
     sources = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'>\s]+)|url\(([^)]*)\)""", page)
-    assert len(sources) == 1 + len(FAMILIES) + 2
+    assert len(sources) == 1 + len(COMPARED) + 2
     assert all(source[0].startswith("data:image/") for source in sources)
     for text in ("Real pictures", "must lose", "Theis", f"{summary['families']['gan']['frechet']:.2f}"):
         assert text in page
@@ -129,7 +132,7 @@ def test_the_same_seed_gives_the_same_numbers(finished: tuple[Path, dict[str, An
 
     again = run(tmp_path, seed=3)
     assert untimed(again) == untimed(finished[1])
-    assert {path.name for path in tmp_path.glob("samples_*")} == {f"samples_{family}.png" for family in FAMILIES}
+    assert {path.name for path in tmp_path.glob("samples_*")} == {f"samples_{family}.png" for family in COMPARED}
 
 
 def test_data_without_labels_are_compared_too(tmp_path: Path) -> None:
@@ -176,7 +179,13 @@ def test_small_pictures_take_one_thread_and_give_back_the_others() -> None:
 def test_the_report_says_only_what_was_measured(finished: tuple[Path, dict[str, Any]]) -> None:
     summary = json.loads(json.dumps(finished[1]))
     gan, flow = summary["families"]["gan"], summary["families"]["diffusion"]
-    summary["families"]["flow"] = {**flow, "density": "exact", "bits_per_dim": 0.5, "bits_kind": "bound"}
+    summary["families"]["flow"] = {
+        **flow,
+        "recipe": "realnvp",
+        "density": "exact",
+        "bits_per_dim": 0.5,
+        "bits_kind": "bound",
+    }
     sheets = dict.fromkeys(("real", *summary["families"]), b"")
     for fastest, text in ((7.0, "for about the same time"), (1.0, "for a fixed number of steps each")):
         for row in summary["families"].values():
