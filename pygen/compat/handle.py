@@ -286,9 +286,12 @@ def _places(places: tuple[str, ...]) -> str:
 def _table(title: str, active: bool, replaced: tuple[Replaced, ...], left: tuple[Left, ...]) -> str:
     state = "" if active else " (undone)"
     lines = [f"{title}{state}: {sum(r.count for r in replaced)} replaced, {sum(e.count for e in left)} left alone"]
-    rows = [("replaced", r.count, r.name, f"-> {r.by}", r.places) for r in replaced]
+    rows: list[tuple[str, int, str, str, tuple[str, ...]]] = [
+        ("replaced", r.count, r.name, f"-> {r.by}", r.places) for r in replaced
+    ]
     rows += [("left alone", e.count, e.name, e.reason, e.places) for e in left]
-    names, notes = (max((len(row[column]) for row in rows), default=0) for column in (2, 3))
+    names = max((len(name) for _, _, name, _, _ in rows), default=0)
+    notes = max((len(note) for _, _, _, note, _ in rows), default=0)
     lines += [
         f"  {state:10} {count:4} x  {name:{names}}  {note:{notes}}  {_places(places)}"
         for state, count, name, note, places in rows

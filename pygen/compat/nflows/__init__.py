@@ -54,7 +54,7 @@ def _reason_to_leave(layer: nn.Module) -> str | None:
         return None
     if type(layer) in _LAYERS.values():
         return "already a layer of pygen's"
-    return layers.changed_by_subclass(layer, _LAYERS) or "a call or two of PyTorch's, which no kernel would speed up"
+    return layers.changed_by_subclass(layer, _LAYERS) or "pygen has nothing faster for it"
 
 
 def _install(changes: Changes) -> None:
