@@ -14,6 +14,18 @@ constexpr const char* kSchemas[] = {
     "float epsilon, int event_dims) -> (Tensor x, Tensor ladj)",
     "affine_backward(Tensor x, Tensor raw_scale, Tensor grad_output, Tensor grad_ladj, int activation, float limit, "
     "float offset, float epsilon, int event_dims, bool inverse) -> (Tensor grad_input, Tensor grad_raw_scale)",
+    // spline: [K widths | K heights | derivatives] for each element, in one tensor or three; bounds = left, right, bottom,
+    // top; minimums = bin width, bin height, derivative; where these or the tails differ along x's last dimension,
+    // dimensions, (5, C), has the bounds and the tails
+    "rational_quadratic_spline_forward(Tensor x, Tensor[] parameters, Tensor? dimensions, int bins, int tails, "
+    "float[] bounds, float[] minimums, int parametrization, float sharpness, float boundary_slope, float scale, "
+    "int event_dims) -> (Tensor y, Tensor ladj)",
+    "rational_quadratic_spline_inverse(Tensor y, Tensor[] parameters, Tensor? dimensions, int bins, int tails, "
+    "float[] bounds, float[] minimums, int parametrization, float sharpness, float boundary_slope, float scale, "
+    "int event_dims) -> (Tensor x, Tensor ladj)",
+    "rational_quadratic_spline_backward(Tensor x, Tensor[] parameters, Tensor? dimensions, Tensor grad_output, "
+    "Tensor grad_ladj, int bins, int tails, float[] bounds, float[] minimums, int parametrization, float sharpness, "
+    "float boundary_slope, float scale, int event_dims, bool inverse) -> (Tensor grad_input, Tensor grad_parameters)",
     // schedule: steps, seeds and sample_ids hold one number per sample (or one for all) and take precedence
     "diffusion_step(Tensor sample, Tensor model_output, Tensor coefficients, SymInt step, Tensor? steps, "
     "Tensor[] history, Tensor? noise, SymInt seed, Tensor? seeds, Tensor? sample_ids, float low, float high) "

@@ -38,6 +38,11 @@ OPERATORS = {
     "attend_cached": ("attend_cached",),
     "diffusion_step": ("diffusion_step", "diffusion_step_denoised", "diffusion_step_backward"),
     "noise": ("noise",),
+    "rational_quadratic_spline": (
+        "rational_quadratic_spline_forward",
+        "rational_quadratic_spline_inverse",
+        "rational_quadratic_spline_backward",
+    ),
     "sample_logits": ("sample_logits",),
     "uniform": ("noise",),
 }

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pygen import _native
+
 # In the order of `enum class Parametrization` in csrc/spline.h.
 PARAMETRIZATIONS = ("softplus", "softclip")
 # In the order of `enum class Tails` in csrc/spline.h; a sequence of tails is PER_DIMENSION.
@@ -31,13 +33,8 @@ class _Spline(NamedTuple):
 
     bins: int
     tails: int
-    left: float
-    right: float
-    bottom: float
-    top: float
-    min_bin_width: float
-    min_bin_height: float
-    min_derivative: float
+    bounds: tuple[float, float, float, float]  # left, right, bottom, top
+    minimums: tuple[float, float, float]  # bin width, bin height, derivative
     parametrization: int
     sharpness: float  # softplus: its beta; softclip: |ln slope|
     boundary_slope: float
@@ -73,7 +70,7 @@ def _slopes(u: Tensor, circular: Tensor, linear: Tensor, spline: _Spline) -> Ten
         u = torch.cat((u[..., :-1], last.unsqueeze(-1)), -1)
     if spline.parametrization == 0:
         # Not `softplus`, which turns linear at 20 and loses half the digits of float64 there.
-        slopes = spline.min_derivative + torch.logaddexp(u * spline.sharpness, u.new_zeros(())) / spline.sharpness
+        slopes = spline.minimums[2] + torch.logaddexp(u * spline.sharpness, u.new_zeros(())) / spline.sharpness
     else:
         slopes = _softclip(u, spline.sharpness).exp()
     if kind in (1, PER_DIMENSION):
@@ -91,8 +88,7 @@ def _evaluate(
         parts = parts[0].split((bins, bins, parts[0].shape[-1] - 2 * bins), -1)
     widths, heights, derivatives = (part.to(dtype) for part in parts)
     if dimensions is None:
-        edges = (spline.left, spline.right, spline.bottom, spline.top, float(spline.tails))
-        dimensions = torch.tensor(edges, dtype=dtype, device=value.device)
+        dimensions = torch.tensor((*spline.bounds, float(spline.tails)), dtype=dtype, device=value.device)
     left, right, bottom, top, tails = dimensions.to(dtype).unbind()
     slopes = _slopes(derivatives, tails == 2, tails == 1, spline)
 
@@ -102,8 +98,8 @@ def _evaluate(
     outside = (x < low) | (x > high)
     identity = outside & (tails != 0)
 
-    widths = _fractions(widths, spline.min_bin_width, spline) * (right - left).unsqueeze(-1)
-    heights = _fractions(heights, spline.min_bin_height, spline) * (top - bottom).unsqueeze(-1)
+    widths = _fractions(widths, spline.minimums[0], spline) * (right - left).unsqueeze(-1)
+    heights = _fractions(heights, spline.minimums[1], spline) * (top - bottom).unsqueeze(-1)
     lefts, bottoms = (
         low_end.unsqueeze(-1) + functional.pad(sizes.cumsum(-1)[..., :-1], (1, 0))
         for low_end, sizes in ((left, widths), (bottom, heights))
@@ -150,6 +146,84 @@ def rational_quadratic_spline_reference(
     """`rational_quadratic_spline` in plain PyTorch: its specification, its fallback, and the oracle of its tests."""
     parts, dimensions, spline = _settle(x, parameters, **options)
     return _evaluate(x, parts, dimensions, spline, inverse)
+
+
+@_native.register_fake("rational_quadratic_spline_forward")
+@_native.register_fake("rational_quadratic_spline_inverse")
+def _fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    ladj = x.new_empty(x.shape[: x.dim() - arguments[-1]], dtype=_arithmetic_dtype(x))
+    return torch.empty_like(x, memory_format=torch.contiguous_format), ladj
+
+
+@_native.register_fake("rational_quadratic_spline_backward")
+def _backward_fake(x: Tensor, parameters: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
+    count = sum(part.shape[-1] for part in parameters)
+    grad_parameters = x.new_empty((*x.shape, count), dtype=_gradient_dtype(x, parameters))
+    return torch.empty_like(x, memory_format=torch.contiguous_format), grad_parameters
+
+
+def _gradient_dtype(x: Tensor, parts: Sequence[Tensor]) -> torch.dtype:
+    dtypes = {part.dtype for part in parts}
+    return dtypes.pop() if len(dtypes) == 1 else _arithmetic_dtype(x)
+
+
+def _kernel(kernels: Any, inverse: bool) -> Any:
+    return kernels.rational_quadratic_spline_inverse if inverse else kernels.rational_quadratic_spline_forward
+
+
+def _backward_reference(
+    x: Tensor, parts: Sequence[Tensor], dimensions: Tensor | None, grad_output: Tensor, grad_ladj: Tensor,
+    spline: _Spline, inverse: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The first derivative from differentiable operations, for second derivatives. x is the value on the data side."""
+
+    def forward(x: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        return _evaluate(x, parts, dimensions, spline, inverse=False)
+
+    dtype = _arithmetic_dtype(x)
+    (y, ladj), pull = torch.func.vjp(  # type: ignore[misc]  # annotated for an auxiliary output as well
+        forward, x.to(dtype), *(part.to(dtype) for part in parts)
+    )
+    grad_output = grad_output.to(dtype)
+    if inverse:
+        # By the implicit function theorem: y = f(x, parameters), and ladj is that of f with its sign changed.
+        slope = pull((torch.ones_like(y), torch.zeros_like(ladj)))[0]
+        grad_input = (grad_output + pull((torch.zeros_like(y), -grad_ladj))[0]) / slope
+        _, *grads = pull((-grad_input, -grad_ladj))
+    else:
+        grad_input, *grads = pull((grad_output, grad_ladj))
+    return grad_input.to(x.dtype), *(grad.to(part.dtype) for grad, part in zip(grads, parts, strict=True))
+
+
+class _RationalQuadraticSpline(torch.autograd.Function):
+    """Saves the value on the data side of the transform and the parameters, nothing else."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dimensions: Tensor | None, spline: _Spline, inverse: bool, *parts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        y, ladj = _kernel(_native.kernels_for(x), inverse)(x, parts, dimensions, *spline)
+        ctx.spline, ctx.inverse = spline, inverse
+        ctx.save_for_backward(y if inverse else x, dimensions, *parts)
+        return y, ladj
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, grad_ladj: Tensor) -> tuple[Tensor | None, ...]:
+        x, dimensions, *parts = ctx.saved_tensors
+        grads: Sequence[Tensor]
+        if torch.is_grad_enabled():
+            grad_input, *grads = _backward_reference(
+                x, parts, dimensions, grad_output, grad_ladj, ctx.spline, ctx.inverse
+            )
+        else:
+            kernels = _native.kernels_for(x)
+            assert kernels is not None
+            grad_input, packed = kernels.rational_quadratic_spline_backward(
+                x, parts, dimensions, grad_output, grad_ladj, *ctx.spline, ctx.inverse
+            )
+            grads = packed.split([part.shape[-1] for part in parts], -1) if len(parts) > 1 else (packed,)
+            grads = [grad.to(part.dtype) for grad, part in zip(grads, parts, strict=True)]
+        return grad_input, None, None, None, *grads
 
 
 def rational_quadratic_spline(
@@ -219,7 +293,14 @@ def rational_quadratic_spline(
         min_bin_height=min_bin_height, min_derivative=min_derivative, parametrization=parametrization, slope=slope,
         boundary_slope=boundary_slope, identity_init=identity_init, scale=scale, event_dims=event_dims,
     )  # fmt: skip
-    return _evaluate(x, parts, dimensions, spline, inverse)
+    kernels = _native.kernels_for(x)
+    if kernels is None:
+        return _evaluate(x, parts, dimensions, spline, inverse)
+    if _native.wants_gradient(x, *parts):
+        y, ladj = _RationalQuadraticSpline.apply(x, dimensions, spline, inverse, *parts)  # type: ignore[no-untyped-call]
+        return y, ladj
+    y, ladj = _kernel(kernels, inverse)(x, parts, dimensions, *spline)
+    return y, ladj
 
 
 def _settle(
@@ -281,10 +362,10 @@ def _settle(
         dimensions = _dimensions(x, edges, tails, layout)
         edges = (0.0, 1.0, 0.0, 1.0)
     left, right, bottom, top = (float(edge) for edge in edges)
-    code = PARAMETRIZATIONS.index(parametrization)
     spline = _Spline(
-        k, layout, left, right, bottom, top, *least, code, sharpness, float(boundary_slope), float(scale), event_dims
-    )
+        k, layout, (left, right, bottom, top), least, PARAMETRIZATIONS.index(parametrization), sharpness,
+        float(boundary_slope), float(scale), event_dims,
+    )  # fmt: skip
     return parts, dimensions, spline
 
 
