@@ -15,22 +15,20 @@ template <class T>
 using Bounds = SplineBounds<kLanes, T>;
 
 template <class T>
-using ValueRows = void (*)(const T*, T*, const Bounds<T>&, const SplineOptions<T>&, T*, T*);
+using ValueRows = void (*)(const T*, T*, const Bounds<T>&, SplineOptions<T>, T*, T*);
 
 template <class T>
-using GradientRows = void (*)(const T*, const T*, const T*, const T*, const Bounds<T>&, const SplineOptions<T>&, T*,
-                              T*);
+using GradientRows = void (*)(const T*, const T*, const T*, const T*, const Bounds<T>&, SplineOptions<T>, T*, T*);
 
 template <Parametrization P, bool kInverse, class T>
-PYGEN_CLONES void spline_rows(const T* value, T* parameters, const Bounds<T>& bounds, const SplineOptions<T>& options,
+PYGEN_CLONES void spline_rows(const T* value, T* parameters, const Bounds<T>& bounds, SplineOptions<T> options,
                               T* image, T* ladj) {
   spline<P, kInverse, kLanes>(value, parameters, bounds, options, image, ladj);
 }
 
 template <Parametrization P, bool kInverse, class T>
 PYGEN_CLONES void spline_backward_rows(const T* x, const T* parameters, const T* grad_output, const T* grad_ladj,
-                                       const Bounds<T>& bounds, const SplineOptions<T>& options, T* grad_input,
-                                       T* gradients) {
+                                       const Bounds<T>& bounds, SplineOptions<T> options, T* grad_input, T* gradients) {
   spline_gradient<P, kInverse, kLanes>(x, parameters, grad_output, grad_ladj, bounds, options, gradients, grad_input,
                                        gradients);
 }

@@ -8,6 +8,8 @@
 // they lie packed: K widths, K heights, derivatives.
 #pragma once
 
+#include <bit>
+
 #include "scalar.h"
 
 // The lanes of a group are independent, also where results overwrite what they are computed from.
@@ -80,20 +82,41 @@ struct FoundBins {
   T u0[L], u1[L];  // the unconstrained derivatives at its ends
 };
 
-// Where a point lies relative to its spline's bounds.
+// first ? a : b in a loop over memory. As a conditional expression GCC makes it a branch around the loads, and the loop
+// stays scalar.
+#if defined(__CUDACC__)
 template <class T>
-struct Place {
-  T inside, excess;  // the point moved into the bounds, and by how much
-  bool below, above, identity;
-};
-
-template <class T>
-PYGEN_INLINE Place<T> place_of(T value, T low, T high, T tails) {
-  const bool below = value<low, above = value> high;
-  const bool outside = below | above, identity = outside & (tails != static_cast<T>(Tails::kNone));
-  const T inside = below ? low : above ? high : value;
-  return {inside, outside ? value - inside : T(0), below, above, identity};
+PYGEN_INLINE T pick(bool first, T a, T b) {
+  return first ? a : b;
 }
+#else
+PYGEN_INLINE float pick(bool first, float a, float b) {
+  const uint32_t mask = 0u - static_cast<uint32_t>(first);
+  return scalar::float_of((scalar::bits_of(a) & mask) | (scalar::bits_of(b) & ~mask));
+}
+PYGEN_INLINE double pick(bool first, double a, double b) {
+  const uint64_t mask = uint64_t{0} - static_cast<uint64_t>(first);
+  return std::bit_cast<double>((std::bit_cast<uint64_t>(a) & mask) | (std::bit_cast<uint64_t>(b) & ~mask));
+}
+#endif
+
+// Where a point lies relative to its spline's bounds, low and high. NaN counts as inside, and stays NaN there.
+template <class T>
+struct Range {
+  T low, high, tails;
+
+  PYGEN_INLINE bool holds(T value) const { return !((value < low) | (value > high)); }
+  PYGEN_INLINE bool identity_at(T value) const {
+    return ((value < low) | (value > high)) & (tails != static_cast<T>(Tails::kNone));
+  }
+  // How far outside.
+  PYGEN_INLINE T excess(T value) const { return value < low ? value - low : value > high ? value - high : T(0); }
+  // part is (value - edge) / size within a bin that was found: 0 to 1, exactly so outside.
+  PYGEN_INLINE T clamp(T value, T part) const {
+    const T clamped = scalar::at_least(scalar::at_most(part, T(1)), T(0));
+    return value < low ? T(0) : value > high ? T(1) : clamped;
+  }
+};
 
 // u / (1 + |u / limit|), and its derivative.
 template <class T>
@@ -149,31 +172,25 @@ PYGEN_INLINE T bin_slope(const BinPoint<T>& at) {
 }
 
 template <class T>
-PYGEN_INLINE T bin_theta(const Bin<T>& bin, T x, const Place<T>& place) {
-  const T theta = scalar::at_least(scalar::at_most((x - bin.x) / bin.width, T(1)), T(0));
-  return place.below ? T(0) : place.above ? T(1) : theta;
-}
-
-template <class T>
 struct SplineValue {
   T value, ladj;
 };
 
 template <class T>
-PYGEN_INLINE SplineValue<T> bin_forward(const Bin<T>& bin, T x, const Place<T>& place) {
-  const T theta = bin_theta(bin, place.inside, place);
+PYGEN_INLINE SplineValue<T> bin_forward(const Bin<T>& bin, T x, const Range<T>& range) {
+  const T theta = range.clamp(x, (x - bin.x) / bin.width);
   const BinPoint<T> at = bin_point(bin, theta, T(1) - theta);
   const T slope = bin_slope(at);
   const T y = bin.y + bin.height * (theta * (at.delta * theta + bin.slope0 * at.rest) / at.denominator);
-  return {place.identity ? x : y + slope * place.excess, place.identity ? T(0) : scalar::log(slope)};
+  const bool identity = range.identity_at(x);
+  return {identity ? x : y + slope * range.excess(x), identity ? T(0) : scalar::log(slope)};
 }
 
 // With eta = (y - y_k) / h_k and m = d_k (1 - eta) - d_k+1 eta, the root's discriminant is m^2 + 4 delta^2 eta (1 -
 // eta): never negative. theta where m >= 0, else 1 - theta, comes from the form of the root that adds.
 template <class T>
-PYGEN_INLINE SplineValue<T> bin_inverse(const Bin<T>& bin, T y, const Place<T>& place) {
-  const T inside = scalar::at_least(scalar::at_most((place.inside - bin.y) / bin.height, T(1)), T(0));
-  const T eta = place.below ? T(0) : place.above ? T(1) : inside;
+PYGEN_INLINE SplineValue<T> bin_inverse(const Bin<T>& bin, T y, const Range<T>& range) {
+  const T eta = range.clamp(y, (y - bin.y) / bin.height);
   const T delta = bin.height / bin.width, rest = T(1) - eta;
   const T m = bin.slope0 * rest - bin.slope1 * eta;
   const T root = std::sqrt(m * m + T(4) * delta * delta * eta * rest);
@@ -183,7 +200,14 @@ PYGEN_INLINE SplineValue<T> bin_inverse(const Bin<T>& bin, T y, const Place<T>& 
   const T theta = from_left ? near : T(1) - near;
   const T slope = bin_slope(bin_point(bin, theta, from_left ? T(1) - near : near));
   const T x = bin.x + bin.width * theta;
-  return {place.identity ? y : x + place.excess / slope, place.identity ? T(0) : -scalar::log(slope)};
+  const bool identity = range.identity_at(y);
+  return {identity ? y : x + range.excess(y) / slope, identity ? T(0) : -scalar::log(slope)};
+}
+
+template <bool kInverse, class T>
+PYGEN_INLINE SplineValue<T> bin_value(const Bin<T>& bin, T value, const Range<T>& range) {
+  if constexpr (kInverse) return bin_inverse(bin, value, range);
+  return bin_forward(bin, value, range);
 }
 
 // Gradients with respect to a bin's numbers, from the data side: going forward the output was y and ladj = log dy/dx;
@@ -194,13 +218,14 @@ struct BinGradient {
 };
 
 template <bool kInverse, class T>
-PYGEN_INLINE BinGradient<T> bin_gradient(const Bin<T>& bin, const Place<T>& place, T grad_output, T grad_ladj) {
-  const T theta = bin_theta(bin, place.inside, place);
+PYGEN_INLINE BinGradient<T> bin_gradient(const Bin<T>& bin, T position, const Range<T>& range, T grad_output,
+                                         T grad_ladj) {
+  const T theta = range.clamp(position, (position - bin.x) / bin.width);
   const BinPoint<T> at = bin_point(bin, theta, T(1) - theta);
   const T rest = at.rest, t = at.t, delta = at.delta, sum = bin.slope0 + bin.slope1;
   const T over_denominator = T(1) / at.denominator, over_numerator = T(1) / at.numerator, over_width = T(1) / bin.width;
   const T slope = bin_slope(at);
-  const bool outside = place.below | place.above;
+  const bool outside = !range.holds(position);
   const T through_ladj = kInverse ? -grad_ladj : grad_ladj;
 
   // Of log dy/dx with respect to x.
@@ -223,14 +248,19 @@ PYGEN_INLINE BinGradient<T> bin_gradient(const Bin<T>& bin, const Place<T>& plac
   const T grad_width = -(moved * theta + grad_delta * delta * over_width);
   const T grad_height =
       through_y * theta * (delta * theta + bin.slope0 * rest) * over_denominator + grad_delta * over_width;
-  const bool none = place.identity;
-  return {none ? grad_output : input,
+  const T excess = through_y * range.excess(position);
+  const bool identity = range.identity_at(position);
+  return {identity ? grad_output : input,
           outside ? T(0) : -moved,
           outside ? T(0) : grad_width,
           outside ? T(0) : through_y,
           outside ? T(0) : grad_height,
-          none ? T(0) : grad_slope0 + (place.below ? through_y * place.excess : T(0)),
-          none ? T(0) : grad_slope1 + (place.above ? through_y * place.excess : T(0))};
+          identity               ? T(0)
+          : position < range.low ? grad_slope0 + excess
+                                 : grad_slope0,
+          identity                ? T(0)
+          : position > range.high ? grad_slope1 + excess
+                                  : grad_slope1};
 }
 
 // Rows 0 .. K-1 of e^(v - max v), v = scale u bounded by the parametrization, and their sum. exps may be u itself.
@@ -298,13 +328,13 @@ PYGEN_INLINE void find_bins(const T* value, const T* exps, const T* other_exps, 
       sum[l] += exps[(k - 1) * L + l];
       other_sum[l] += other_exps[(k - 1) * L + l];
       const bool past = value[l] >= axis.low[l] + (axis.least[l] * index + axis.unit[l] * sum[l]);
-      axis.before[l] = past ? sum[l] : axis.before[l];
-      axis.own[l] = past ? exps[k * L + l] : axis.own[l];
-      other.before[l] = past ? other_sum[l] : other.before[l];
-      other.own[l] = past ? other_exps[k * L + l] : other.own[l];
-      found.index[l] = past ? index : found.index[l];
-      found.u0[l] = past ? start[l] : found.u0[l];
-      found.u1[l] = past ? end[l] : found.u1[l];
+      axis.before[l] = pick(past, sum[l], axis.before[l]);
+      axis.own[l] = pick(past, exps[k * L + l], axis.own[l]);
+      other.before[l] = pick(past, other_sum[l], other.before[l]);
+      other.own[l] = pick(past, other_exps[k * L + l], other.own[l]);
+      found.index[l] = pick(past, index, found.index[l]);
+      found.u0[l] = pick(past, start[l], found.u0[l]);
+      found.u1[l] = pick(past, end[l], found.u1[l]);
     }
   }
 }
@@ -334,25 +364,29 @@ PYGEN_INLINE Bin<T> bin_of(const FoundBins<L, T>& found, int l, T tails, T u_fir
   const bool linear = tails == static_cast<T>(Tails::kLinear), circular = tails == static_cast<T>(Tails::kCircular);
   const bool last = index == static_cast<T>(options.bins - 1);
   const T slope0 = slope_of<P>(found.u0[l], options);
-  const T slope1 = slope_of<P>(last & circular ? u_first : found.u1[l], options);
-  return {x.low[l] + (x.least[l] * index + x.unit[l] * x.before[l]),  x.least[l] + x.unit[l] * x.own[l],
-          y.low[l] + (y.least[l] * index + y.unit[l] * y.before[l]),  y.least[l] + y.unit[l] * y.own[l],
-          linear & (index == T(0)) ? options.boundary_slope : slope0, linear & last ? options.boundary_slope : slope1};
+  const T slope1 = slope_of<P>(pick(last & circular, u_first, found.u1[l]), options);
+  return {x.low[l] + (x.least[l] * index + x.unit[l] * x.before[l]),
+          x.least[l] + x.unit[l] * x.own[l],
+          y.low[l] + (y.least[l] * index + y.unit[l] * y.before[l]),
+          y.least[l] + y.unit[l] * y.own[l],
+          pick(linear & (index == T(0)), options.boundary_slope, slope0),
+          pick(linear & last, options.boundary_slope, slope1)};
 }
 
-// The splines of L elements: images and each element's own ladj. The parameters are overwritten.
+// The splines of L elements: images and each element's own ladj. The parameters are overwritten. The options come by
+// value: behind a reference they would be loaded again after every store, and the loops stay scalar.
 template <Parametrization P, bool kInverse, int L, class T>
-PYGEN_INLINE void spline(const T* value, T* parameters, const SplineBounds<L, T>& bounds,
-                         const SplineOptions<T>& options, T* image, T* ladj) {
+PYGEN_INLINE void spline(const T* value, T* parameters, const SplineBounds<L, T>& bounds, SplineOptions<T> options,
+                         T* image, T* ladj) {
   FoundBins<L, T> found;
   find_bins<P, kInverse>(value, parameters, parameters, bounds, options, found);
   const T* u_first = parameters + 2 * options.bins * L;
   PYGEN_LANES
   for (int l = 0; l < L; ++l) {
     const Bin<T> bin = bin_of<P>(found, l, bounds.tails[l], u_first[l], options);
-    const Place<T> place = kInverse ? place_of(value[l], bounds.bottom[l], bounds.top[l], bounds.tails[l])
-                                    : place_of(value[l], bounds.left[l], bounds.right[l], bounds.tails[l]);
-    const SplineValue<T> point = kInverse ? bin_inverse(bin, value[l], place) : bin_forward(bin, value[l], place);
+    const T low = kInverse ? bounds.bottom[l] : bounds.left[l], high = kInverse ? bounds.top[l] : bounds.right[l];
+    const Range<T> range{low, high, bounds.tails[l]};
+    const SplineValue<T> point = bin_value<kInverse>(bin, value[l], range);
     image[l] = point.value;
     ladj[l] = point.ladj;
   }
@@ -370,7 +404,7 @@ PYGEN_INLINE void softmax_gradient(const T* u, const T* exps, const Axis<L, T>& 
     const T position = static_cast<T>(j);
     PYGEN_LANES
     for (int l = 0; l < L; ++l) {
-      const T share = position < index[l] ? edge[l] : position == index[l] ? size[l] : T(0);
+      const T share = pick(position < index[l], edge[l], pick(position == index[l], size[l], T(0)));
       T gradient = options.scale * axis.unit[l] * exps[j * L + l] * (share - mean[l]);
       if constexpr (P == Parametrization::kSoftclip) {
         gradient *= softclip_slope(options.scale * u[j * L + l], T(0.5) * options.sharpness);
@@ -384,8 +418,8 @@ PYGEN_INLINE void softmax_gradient(const T* u, const T* exps, const Axis<L, T>& 
 // and may be the first rows of gradients; with softplus both may be the parameters.
 template <Parametrization P, bool kInverse, int L, class T>
 PYGEN_INLINE void spline_gradient(const T* x, const T* parameters, const T* grad_output, const T* grad_ladj,
-                                  const SplineBounds<L, T>& bounds, const SplineOptions<T>& options, T* exps,
-                                  T* grad_input, T* gradients) {
+                                  const SplineBounds<L, T>& bounds, SplineOptions<T> options, T* exps, T* grad_input,
+                                  T* gradients) {
   FoundBins<L, T> found;
   find_bins<P, false>(x, parameters, exps, bounds, options, found);
   const int bins = options.bins, rows = bins * L;
@@ -395,8 +429,8 @@ PYGEN_INLINE void spline_gradient(const T* x, const T* parameters, const T* grad
   for (int l = 0; l < L; ++l) {
     const T tails = bounds.tails[l], index = found.index[l];
     const Bin<T> bin = bin_of<P>(found, l, tails, u_first[l], options);
-    const Place<T> place = place_of(x[l], bounds.left[l], bounds.right[l], tails);
-    const BinGradient<T> gradient = bin_gradient<kInverse>(bin, place, grad_output[l], grad_ladj[l]);
+    const Range<T> range{bounds.left[l], bounds.right[l], tails};
+    const BinGradient<T> gradient = bin_gradient<kInverse>(bin, x[l], range, grad_output[l], grad_ladj[l]);
     grad_input[l] = gradient.input;
     left[l] = gradient.x;
     width[l] = gradient.width;
@@ -405,7 +439,7 @@ PYGEN_INLINE void spline_gradient(const T* x, const T* parameters, const T* grad
     const bool linear = tails == static_cast<T>(Tails::kLinear), circular = tails == static_cast<T>(Tails::kCircular);
     const bool last = index == static_cast<T>(bins - 1);
     slope0[l] = gradient.slope0 * slope_derivative<P>(found.u0[l], options);
-    slope1[l] = gradient.slope1 * slope_derivative<P>(last & circular ? u_first[l] : found.u1[l], options);
+    slope1[l] = gradient.slope1 * slope_derivative<P>(pick(last & circular, u_first[l], found.u1[l]), options);
     const T row = index - static_cast<T>(options.first_knot());
     row0[l] = linear & (index == T(0)) ? T(-1) : row;
     row1[l] = last & linear ? T(-1) : last & circular ? T(0) : row + T(1);
@@ -417,7 +451,7 @@ PYGEN_INLINE void spline_gradient(const T* x, const T* parameters, const T* grad
     const T row = static_cast<T>(j);
     PYGEN_LANES
     for (int l = 0; l < L; ++l) {
-      gradients[2 * rows + j * L + l] = row == row0[l] ? slope0[l] : row == row1[l] ? slope1[l] : T(0);
+      gradients[2 * rows + j * L + l] = pick(row == row0[l], slope0[l], pick(row == row1[l], slope1[l], T(0)));
     }
   }
 }
