@@ -25,10 +25,8 @@ struct SplineSettings {
   }
 };
 
-inline void check_spline(const Tensor& x, const std::vector<Tensor>& parameters, const SplineSettings& settings) {
-  check(is_floating(x.scalar_type()), "x has a dtype that is not supported: expected a floating dtype");
-  check(settings.event_dims >= 0 && settings.event_dims <= x.dim(), "event_dims is ", settings.event_dims,
-        ", but x has ", x.dim(), " dimensions");
+// x: the tensor that the splines are of, or one with its dtype and device; last: the size of its last dimension.
+inline void check_spline_settings(const SplineSettings& settings, const Tensor& x, int64_t last) {
   check(settings.bins >= kMinBins && settings.bins <= kMaxBins, "bins is ", settings.bins, ", but expected ", kMinBins,
         " to ", kMaxBins);
   check(settings.tails >= 0 && settings.tails <= static_cast<int64_t>(Tails::kPerDimension), "tails is ",
@@ -39,6 +37,20 @@ inline void check_spline(const Tensor& x, const std::vector<Tensor>& parameters,
         ", but expected 0 or 1");
   check(settings.bounds.size() == 4 && settings.minimums.size() == 3,
         "bounds and minimums have other than 4 and 3 numbers");
+  if (settings.dimensions) {
+    const Tensor& table = *settings.dimensions;
+    check(table.scalar_type() == sum_dtype(x), "dimensions has another dtype than the log-determinant");
+    check(table.dim() == 2 && table.size(0) == 5 && table.size(1) == last && table.is_contiguous(),
+          "dimensions has shape ", shape_of(table), ", but expected (5, ", last, "), contiguous");
+    check(same_device(table, x), "dimensions is on another device than x");
+  }
+}
+
+inline void check_spline(const Tensor& x, const std::vector<Tensor>& parameters, const SplineSettings& settings) {
+  check(is_floating(x.scalar_type()), "x has a dtype that is not supported: expected a floating dtype");
+  check(settings.event_dims >= 0 && settings.event_dims <= x.dim(), "event_dims is ", settings.event_dims,
+        ", but x has ", x.dim(), " dimensions");
+  check_spline_settings(settings, x, x.dim() > 0 ? x.size(x.dim() - 1) : 1);
   check(parameters.size() == 1 || parameters.size() == 3, "parameters has ", parameters.size(),
         " tensors, but expected 1 or 3");
   const SplineOptions<float> options = settings.options<float>();
@@ -51,14 +63,6 @@ inline void check_spline(const Tensor& x, const std::vector<Tensor>& parameters,
     check(part.dim() == x.dim() + 1 && std::equal(x.sizes().begin(), x.sizes().end(), part.sizes().begin()) &&
               part.size(x.dim()) == wanted,
           "parameters has shape ", shape_of(part), ", but expected that of x, ", shape_of(x), ", and ", wanted);
-  }
-  if (settings.dimensions) {
-    const Tensor& table = *settings.dimensions;
-    const int64_t last = x.dim() > 0 ? x.size(x.dim() - 1) : 1;
-    check(table.scalar_type() == sum_dtype(x), "dimensions has another dtype than the log-determinant");
-    check(table.dim() == 2 && table.size(0) == 5 && table.size(1) == last && table.is_contiguous(),
-          "dimensions has shape ", shape_of(table), ", but expected (5, ", last, "), contiguous");
-    check(same_device(table, x), "dimensions is on another device than x");
   }
 }
 
