@@ -11,7 +11,16 @@ from pygen.ops.noise import noise
 if TYPE_CHECKING:
     from pygen.ops.cache import attend_cached, attend_cached_reference
     from pygen.ops.coupling import affine, affine_reference
+    from pygen.ops.mixture import logistic_mixture, logistic_mixture_reference
     from pygen.ops.noise import noise_reference, uniform, uniform_reference
+    from pygen.ops.piecewise import (
+        cubic_spline,
+        cubic_spline_reference,
+        linear_spline,
+        linear_spline_reference,
+        quadratic_spline,
+        quadratic_spline_reference,
+    )
     from pygen.ops.sampling import sample_logits, sample_logits_reference
     from pygen.ops.schedule import diffusion_step, diffusion_step_reference
     from pygen.ops.spline import rational_quadratic_spline, rational_quadratic_spline_reference
@@ -21,9 +30,17 @@ _FAMILY_OF = {
     "affine_reference": "coupling",
     "attend_cached": "cache",
     "attend_cached_reference": "cache",
+    "cubic_spline": "piecewise",
+    "cubic_spline_reference": "piecewise",
     "diffusion_step": "schedule",
     "diffusion_step_reference": "schedule",
+    "linear_spline": "piecewise",
+    "linear_spline_reference": "piecewise",
+    "logistic_mixture": "mixture",
+    "logistic_mixture_reference": "mixture",
     "noise_reference": "noise",
+    "quadratic_spline": "piecewise",
+    "quadratic_spline_reference": "piecewise",
     "rational_quadratic_spline": "spline",
     "rational_quadratic_spline_reference": "spline",
     "sample_logits": "sampling",
@@ -37,6 +54,7 @@ OPERATORS = {
     "affine": ("affine_forward", "affine_inverse", "affine_backward"),
     "attend_cached": ("attend_cached",),
     "diffusion_step": ("diffusion_step", "diffusion_step_denoised", "diffusion_step_backward"),
+    "logistic_mixture": ("logistic_mixture_forward", "logistic_mixture_inverse", "logistic_mixture_backward"),
     "noise": ("noise",),
     "rational_quadratic_spline": (
         "rational_quadratic_spline_forward",
@@ -53,10 +71,18 @@ __all__ = [
     "affine_reference",
     "attend_cached",
     "attend_cached_reference",
+    "cubic_spline",
+    "cubic_spline_reference",
     "diffusion_step",
     "diffusion_step_reference",
+    "linear_spline",
+    "linear_spline_reference",
+    "logistic_mixture",
+    "logistic_mixture_reference",
     "noise",
     "noise_reference",
+    "quadratic_spline",
+    "quadratic_spline_reference",
     "rational_quadratic_spline",
     "rational_quadratic_spline_reference",
     "sample_logits",
