@@ -109,7 +109,7 @@ void spline_backward_compute(const Tensor& x, const std::vector<Tensor>& paramet
                              const Tensor& grad_output, const Tensor& grad_ladj, Tensor& grad_input,
                              Tensor& grad_parameters) {
   const SplineSource<T> source(x, parameters, settings);
-  const Rows grad(grad_output, grad_output.dim()), grad_rows(grad_ladj, 0);
+  const Rows grad(grad_output, grad_output.dim()), grad_rows(grad_ladj, grad_ladj.dim());
   const int64_t width = event_width(x, settings.event_dims);
   void* const to_input = grad_input.mutable_data_ptr();
   void* const to_parameters = grad_parameters.mutable_data_ptr();
