@@ -41,12 +41,26 @@ class Transform(nn.Module):
         permutation); y itself for one that changes them in place."""
         return y
 
+    def arrange(self, x: Tensor) -> Tensor:
+        """x with its values where they go to in y: what `lay_out` undoes."""
+        return x
+
     def inverse_path(self, y: Tensor, context: Tensor | None = None) -> Iterator[Stage]:
         """The states on the way back from y, laid out as x is; the last is x."""
         yield Stage(type(self).__name__, self.inverse(y, context)[0])
 
     def __call__(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return cast("tuple[Tensor, Tensor]", super().__call__(x, context))
+
+
+class Reshape(Transform):
+    """A transform that moves values about and changes none: a subclass defines `arrange` and `lay_out`."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.arrange(x), _no_change(x)
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.lay_out(y), _no_change(y)
 
 
 class Inverse(Transform):
@@ -65,6 +79,12 @@ class Inverse(Transform):
     def steps(self) -> list[Transform]:
         parts = self.transform.steps()
         return [self] if parts == [self.transform] else [Inverse(part) for part in reversed(parts)]
+
+    def lay_out(self, y: Tensor) -> Tensor:
+        return self.transform.arrange(y)
+
+    def arrange(self, x: Tensor) -> Tensor:
+        return self.transform.lay_out(x)
 
 
 class Stack(Transform):
@@ -113,6 +133,11 @@ class Stack(Transform):
             y = transform.lay_out(y)
         return y
 
+    def arrange(self, x: Tensor) -> Tensor:
+        for transform in self:
+            x = transform.arrange(x)
+        return x
+
     def inverse_path(self, y: Tensor, context: Tensor | None = None) -> Iterator[Stage]:
         transforms = list(self)
         for position in reversed(range(len(transforms))):
@@ -130,6 +155,20 @@ class Stack(Transform):
 
     def extra_repr(self) -> str:
         return f"memory={self.memory!r}"
+
+
+class Step(Stack):
+    """Transforms that count as one stop on the way: a normalization, a mixing of channels and a coupling, say."""
+
+    def __init__(self, transforms: Iterable[Transform], name: str) -> None:
+        super().__init__(transforms)
+        self.name = name
+
+    def inverse_path(self, y: Tensor, context: Tensor | None = None) -> Iterator[Stage]:
+        yield Stage(self.name, self.inverse(y, context)[0])
+
+    def extra_repr(self) -> str:
+        return f"name={self.name!r}"
 
 
 class FirstHalf(Transform):
@@ -161,6 +200,10 @@ class FirstHalf(Transform):
         first, second = _halves(y)
         return torch.cat((self.transform.lay_out(first), second), dim=1)
 
+    def arrange(self, x: Tensor) -> Tensor:
+        first, second = _halves(x)
+        return torch.cat((self.transform.arrange(first), second), dim=1)
+
     def inverse_path(self, y: Tensor, context: Tensor | None = None) -> Iterator[Stage]:
         first, second = _halves(y)
         for label, state in self.transform.inverse_path(first, context):
@@ -172,3 +215,7 @@ def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"x has shape {tuple(x.shape)}, but expected (n, c, ...) with at least two channels")
     first, second = x.tensor_split(((x.shape[1] + 1) // 2,), dim=1)
     return first, second
+
+
+def _no_change(x: Tensor) -> Tensor:
+    return x.new_zeros(len(x), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
