@@ -1,13 +1,11 @@
-// The masked sweeps on the CPU: each tile of samples runs the whole program, with its rows in the second-level cache and
-// the weights streaming past; threads take tiles.
+// The masked sweeps on the CPU: each tile of samples runs the whole program, with its rows in the second-level cache
+// and the weights streaming past; threads take tiles.
 #include "masked.h"
 
 #include <cstdlib>
 #include <memory>
-#include <tuple>
 
-#include "coupling.h"
-#include "masked_checks.h"
+#include "masked_operators.h"
 #include "masked_rows.h"
 #include "tensor.h"
 
@@ -15,8 +13,8 @@ namespace pygen {
 namespace {
 
 using masked::Instruction;
-using masked::kLanes;
 using masked::Kind;
+using masked::kLanes;
 using masked::Program;
 
 template <class T>
@@ -56,37 +54,45 @@ PYGEN_CLONES void affine_inverse_row(const T* __restrict y, const T* __restrict 
   }
 }
 
-template <class T>
-struct AffineInverse {
-  int64_t activation;
-  T limit, offset, epsilon;
+template <int L, class T>
+void map_row(const AffineMap<T>& map, int64_t, const T* y, T* parameters, T* x, double* ladj) {
+  for_activation(map.activation, [&](auto tag) {
+    constexpr Activation kActivation = decltype(tag)::value;
+    const auto run = map.epsilon != T(0) ? &affine_inverse_row<kActivation, true, L, T>
+                                         : &affine_inverse_row<kActivation, false, L, T>;
+    run(y, parameters, parameters + L, map.limit, map.offset, map.epsilon, x, ladj);
+  });
+}
 
-  template <int L>
-  void row(const T* y, T* parameters, T* x, double* ladj) const {
-    for_activation(activation, [&](auto tag) {
-      constexpr Activation kActivation = decltype(tag)::value;
-      const auto run =
-          epsilon != T(0) ? &affine_inverse_row<kActivation, true, L, T> : &affine_inverse_row<kActivation, false, L, T>;
-      run(y, parameters, parameters + L, limit, offset, epsilon, x, ladj);
-    });
-  }
-};
+template <Parametrization P, int L, class T>
+PYGEN_CLONES void spline_inverse_row(const T* y, T* parameters, const SplineBounds<L, T>& bounds,
+                                     const SplineOptions<T>& options, T* x, double* ladj) {
+  T logs[L];
+  spline<P, true, L>(y, parameters, bounds, options, x, logs);
+  for (int l = 0; l < L; ++l) ladj[l] += logs[l];
+}
 
-// For a program that has no such instruction.
-template <class T>
-struct NoTransform {
-  template <int L>
-  void row(const T*, T*, T*, double*) const {}
-};
+template <int L, class T>
+void map_row(const SplineMap<T>& map, int64_t input, const T* y, T* parameters, T* x, double* ladj) {
+  SplineBounds<L, T> bounds;
+  T* const rows[5] = {bounds.left, bounds.right, bounds.bottom, bounds.top, bounds.tails};
+  for (int i = 0; i < 5; ++i) std::fill_n(rows[i], L, map.bound(i, input));
+  for_parametrization(map.parametrization, [&](auto tag) {
+    spline_inverse_row<decltype(tag)::value, L>(y, parameters, bounds, map.options, x, ladj);
+  });
+}
+
+template <int L, class T>
+void map_row(const NoMap&, int64_t, const T*, T*, T*, double*) {}
 
 // One tile: V vectors of samples from `first` on. The lanes past the last sample compute on zeros.
-template <int V, class T, class Transform>
+template <int V, class T, class Map>
 class Tile {
  public:
   static constexpr int kWidth = kLanes<T, V>;
 
-  Tile(const SweepData<T>& data, const Transform& transform, T* state, int64_t first)
-      : data_(data), transform_(transform), state_(state), first_(first) {
+  Tile(const SweepData<T>& data, const Map& map, T* state, int64_t first)
+      : data_(data), map_(map), state_(state), first_(first) {
     count_ = std::min<int64_t>(kWidth, data.n - first);
   }
 
@@ -141,7 +147,7 @@ class Tile {
       case Kind::kTransform:
         for (int64_t i = 0; i < in.rows; ++i) {
           const T* y = column(operands[i], first_buffer_);
-          transform_.template row<kWidth>(y, row(in.b + i * in.c), row(in.row + i), ladj_);
+          map_row<kWidth>(map_, operands[i], y, row(in.b + i * in.c), row(in.row + i), ladj_);
         }
         return;
       case Kind::kAccumulate:
@@ -193,7 +199,7 @@ class Tile {
   }
 
   const SweepData<T>& data_;
-  const Transform& transform_;
+  const Map& map_;
   T* state_;
   int64_t first_, count_;
   alignas(64) T first_buffer_[kWidth];
@@ -205,61 +211,35 @@ struct Free {
   void operator()(void* memory) const { std::free(memory); }
 };
 
-template <class T, class Transform>
-void sweep(const SweepData<T>& data, const Transform& transform) {
-  constexpr int64_t kWide = kLanes<T, 2>, kNarrow = kLanes<T, 1>;
-  const int64_t tiles = (data.n + kWide - 1) / kWide;
-  // A unit costs about a product with every other, a fraction of a nanosecond each for a whole tile.
-  const int64_t cost = data.program.instruction_count * 100;
-  parallel(tiles, cost, [&](int64_t begin, int64_t end) {
-    const size_t bytes = static_cast<size_t>(std::max<int64_t>(1, data.program.rows) * kWide) * sizeof(T);
-    const std::unique_ptr<void, Free> memory(std::aligned_alloc(64, bytes));
-    check(memory != nullptr, "no memory for the ", data.program.rows, " rows of a tile");
-    T* const state = static_cast<T*>(memory.get());
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t first = tile * kWide;
-      if (data.n - first > kNarrow) {
-        Tile<2, T, Transform>(data, transform, state, first).run();
-      } else {
-        Tile<1, T, Transform>(data, transform, state, first).run();
+struct Cpu {
+  template <class T, class Map>
+  static void sweep(const Program& program, const SweepInputs& inputs, const Map& map, Tensor& out, Tensor* ladj) {
+    constexpr int64_t kWide = kLanes<T, 2>, kNarrow = kLanes<T, 1>;
+    const SweepData<T> data = sweep_data<T>(program, inputs, out, ladj);
+    const int64_t tiles = (data.n + kWide - 1) / kWide;
+    // Each weight is multiplied with two vectors, each row is an operation or two beside that.
+    const int64_t cost = (inputs.weights.numel() + 16 * program.rows) / 8;
+    parallel(tiles, cost, [&](int64_t begin, int64_t end) {
+      const size_t bytes = static_cast<size_t>(std::max<int64_t>(1, program.rows) * kWide) * sizeof(T);
+      const std::unique_ptr<void, Free> memory(std::aligned_alloc(64, bytes));
+      check(memory != nullptr, "no memory for the ", program.rows, " rows of a tile");
+      T* const state = static_cast<T*>(memory.get());
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const int64_t first = tile * kWide;
+        if (data.n - first > kNarrow) {
+          Tile<2, T, Map>(data, map, state, first).run();
+        } else {
+          Tile<1, T, Map>(data, map, state, first).run();
+        }
       }
-    }
-  });
-}
-
-std::tuple<Tensor, Tensor> masked_affine_inverse(const Tensor& samples, const Tensor& weights, const Tensor& constants,
-                                                 const Tensor& program, const Tensor& device_program, int64_t features,
-                                                 int64_t activation, double limit, double offset, double epsilon) {
-  const SweepInputs inputs{samples, weights, &constants, program, device_program};
-  const Program checked = check_inverse(inputs, features, 2);
-  check_affine_map(activation);
-  Tensor x = torch::stable::new_empty(samples, {samples.size(0), features});
-  Tensor ladj = torch::stable::new_empty(samples, {samples.size(0)});
-  auto run = [&](auto type) {
-    using T = decltype(type);
-    sweep(sweep_data<T>(checked, inputs, x, &ladj),
-          AffineInverse<T>{activation, static_cast<T>(limit), static_cast<T>(offset), static_cast<T>(epsilon)});
-  };
-  samples.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
-  return {x, ladj};
-}
-
-Tensor masked_backward(const Tensor& samples, const Tensor& weights, const Tensor& program,
-                       const Tensor& device_program, int64_t outputs) {
-  const SweepInputs inputs{samples, weights, nullptr, program, device_program};
-  const Program checked = check_backward(inputs, outputs);
-  Tensor out = torch::stable::new_empty(samples, {samples.size(0), outputs});
-  auto run = [&](auto type) {
-    using T = decltype(type);
-    sweep(sweep_data<T>(checked, inputs, out, nullptr), NoTransform<T>{});
-  };
-  samples.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
-  return out;
-}
+    });
+  }
+};
 
 STABLE_TORCH_LIBRARY_IMPL(pygen, CPU, library) {
-  library.impl("masked_affine_inverse", TORCH_BOX(&masked_affine_inverse));
-  library.impl("masked_backward", TORCH_BOX(&masked_backward));
+  library.impl("masked_affine_inverse", TORCH_BOX(&MaskedOperators<Cpu>::affine_inverse));
+  library.impl("masked_spline_inverse", TORCH_BOX(&MaskedOperators<Cpu>::spline_inverse));
+  library.impl("masked_backward", TORCH_BOX(&MaskedOperators<Cpu>::backward));
 }
 
 }  // namespace

@@ -1,12 +1,9 @@
-// The masked sweeps on CUDA. A stage is two launches: the products with earlier stages, a warp for a panel of rows and a
-// tile of 32 samples, over all multiprocessors; then what is sequential, a block for a tile with a barrier after each
+// The masked sweeps on CUDA. A stage is two launches: the products with earlier stages, a warp for a panel of rows and
+// a tile of 32 samples, over all multiprocessors; then what is sequential, a block for a tile with a barrier after each
 // instruction. The host knows the program, so that nothing waits for the device.
 #include "masked.h"
 
-#include <tuple>
-
-#include "coupling.h"
-#include "masked_checks.h"
+#include "masked_operators.h"
 #include "simt.h"
 #include "tensor.h"
 
@@ -14,8 +11,8 @@ namespace pygen {
 namespace {
 
 using masked::Instruction;
-using masked::kPanel;
 using masked::Kind;
+using masked::kPanel;
 using masked::Program;
 using masked::Stage;
 
@@ -32,11 +29,11 @@ struct SweepData {
   int64_t n, columns;
   const T* weights;
   const T* constants;
-  T* out;            // (n, outputs)
-  T* ladj;           // (n,), or nullptr
-  T* state;          // (tiles, rows, 32)
-  double* partial;   // (tiles, warps, 32): each warp's share of ladj
-  int64_t first;     // sample of the first tile
+  T* out;           // (n, outputs)
+  T* ladj;          // (n,), or nullptr
+  T* state;         // (tiles, rows, 32)
+  double* partial;  // (tiles, warps, 32): each warp's share of ladj
+  int64_t first;    // sample of the first tile
 };
 
 // A lane's view of its tile.
@@ -109,27 +106,36 @@ __device__ __forceinline__ void linear_row(const Instruction& in, int64_t i, con
   lane.row(in.row + i) = sum;
 }
 
+// x and its share of ladj for one input, from the rows of its parameters.
 template <class T>
-struct AffineInverse {
-  int64_t activation;
-  T limit, offset, epsilon;
+__device__ __forceinline__ T map_input(const AffineMap<T>& map, int64_t, T y, const T* parameters, double* ladj) {
+  Scale<T> scale{T(1), T(0)};
+  for_activation(map.activation,
+                 [&](auto tag) { scale = affine_scale<decltype(tag)::value>(parameters[0] + map.offset, map.limit); });
+  if (map.epsilon != T(0)) scale = add_epsilon(scale, map.epsilon);
+  *ladj -= scale.log;
+  return (y - parameters[kWarp]) / scale.value;
+}
 
-  __device__ __forceinline__ T operator()(T y, const T* parameters, double* ladj) const {
-    Scale<T> scale{T(1), T(0)};
-    for_activation(activation, [&](auto tag) {
-      scale = affine_scale<decltype(tag)::value>(parameters[0] + offset, limit);
-    });
-    if (epsilon != T(0)) scale = add_epsilon(scale, epsilon);
-    *ladj -= scale.log;
-    return (y - parameters[kWarp]) / scale.value;
-  }
-};
-
-// For a program that has no such instruction.
 template <class T>
-struct NoTransform {
-  __device__ __forceinline__ T operator()(T y, const T*, double*) const { return y; }
-};
+__device__ __forceinline__ T map_input(const SplineMap<T>& map, int64_t input, T y, const T* parameters, double* ladj) {
+  T own[3 * kMaxBins + 1], x, log;
+  for (int k = 0; k < map.options.parameters(); ++k) own[k] = parameters[k * kWarp];
+  const SplineBounds<1, T> bounds{{map.bound(0, input)},
+                                  {map.bound(1, input)},
+                                  {map.bound(2, input)},
+                                  {map.bound(3, input)},
+                                  {map.bound(4, input)}};
+  for_parametrization(map.parametrization,
+                      [&](auto tag) { spline<decltype(tag)::value, true, 1>(&y, own, bounds, map.options, &x, &log); });
+  *ladj += log;
+  return x;
+}
+
+template <class T>
+__device__ __forceinline__ T map_input(const NoMap&, int64_t, T y, const T*, double*) {
+  return y;
+}
 
 template <class T>
 __device__ __forceinline__ void solve(const Instruction& in, int64_t i, int64_t input, const Lane<T>& lane) {
@@ -143,9 +149,9 @@ __device__ __forceinline__ void solve(const Instruction& in, int64_t i, int64_t 
 }
 
 // Row i of an instruction.
-template <class T, class Transform>
-__device__ __forceinline__ void execute(const Instruction& in, int64_t i, const Transform& transform,
-                                        const Lane<T>& lane, double* ladj) {
+template <class T, class Map>
+__device__ __forceinline__ void execute(const Instruction& in, int64_t i, const Map& map, const Lane<T>& lane,
+                                        double* ladj) {
   const SweepData<T>& data = lane.data;
   const int64_t* operands = data.program.operands + in.a;
   switch (in.kind) {
@@ -169,7 +175,7 @@ __device__ __forceinline__ void execute(const Instruction& in, int64_t i, const 
       return;
     }
     case Kind::kTransform:
-      lane.row(in.row + i) = transform(lane.column(operands[i]), &lane.row(in.b + i * in.c), ladj);
+      lane.row(in.row + i) = map_input(map, operands[i], lane.column(operands[i]), &lane.row(in.b + i * in.c), ladj);
       return;
     case Kind::kAccumulate: {
       const T slope = operands[2 * i + 1] < 0 ? T(1) : lane.column(operands[2 * i + 1]);
@@ -188,9 +194,8 @@ __device__ __forceinline__ void execute(const Instruction& in, int64_t i, const 
 }
 
 // What is sequential in a stage, for one tile.
-template <class T, class Transform>
-__global__ void __launch_bounds__(kThreads)
-    masked_sequence_kernel(SweepData<T> data, int64_t stage, Transform transform) {
+template <class T, class Map>
+__global__ void __launch_bounds__(kThreads) masked_sequence_kernel(SweepData<T> data, int64_t stage, Map map) {
   const Stage range = data.program.stages[stage];
   const Lane<T> lane(data, blockIdx.x);
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -198,7 +203,7 @@ __global__ void __launch_bounds__(kThreads)
   double ladj = stage == 0 ? 0 : partial[threadIdx.x];
   for (int64_t at = range.sequential; at < range.end; ++at) {
     const Instruction in = data.program.instructions[at];
-    for (int64_t i = warp; i < in.rows; i += kWarps) execute(in, i, transform, lane, &ladj);
+    for (int64_t i = warp; i < in.rows; i += kWarps) execute(in, i, map, lane, &ladj);
     __syncthreads();
   }
   partial[threadIdx.x] = ladj;
@@ -218,78 +223,50 @@ unsigned parts_of(const Program& program, const Stage& stage) {
   return static_cast<unsigned>(std::min<int64_t>(64, (rows + kWarps * kPanel - 1) / (kWarps * kPanel)));
 }
 
-template <class T, class Transform>
-void sweep(const Program& program, const SweepInputs& inputs, const Transform& transform, Tensor& out, Tensor* ladj) {
-  const Tensor& samples = inputs.samples;
-  const int64_t n = samples.size(0), tiles = (n + kWarp - 1) / kWarp;
-  if (n == 0) return;
-  const int64_t tile_bytes = std::max<int64_t>(1, program.rows) * kWarp * static_cast<int64_t>(sizeof(T));
-  const int64_t together = std::min(tiles, std::max<int64_t>(1, kStateBytes / tile_bytes));
-  const Tensor state = torch::stable::new_empty(samples, {together * program.rows * kWarp});
-  const Tensor partial = torch::stable::new_empty(samples, {together * kThreads}, ScalarType::Double);
-  const OnDevice device(samples.get_device_index());
+struct Cuda {
+  template <class T, class Map>
+  static void sweep(const Program& program, const SweepInputs& inputs, const Map& map, Tensor& out, Tensor* ladj) {
+    const Tensor& samples = inputs.samples;
+    const int64_t n = samples.size(0), tiles = (n + kWarp - 1) / kWarp;
+    if (n == 0) return;
+    const int64_t tile_bytes = std::max<int64_t>(1, program.rows) * kWarp * static_cast<int64_t>(sizeof(T));
+    const int64_t together = std::min(tiles, std::max<int64_t>(1, kStateBytes / tile_bytes));
+    const Tensor state = torch::stable::new_empty(samples, {together * program.rows * kWarp});
+    const Tensor partial = torch::stable::new_empty(samples, {together * kThreads}, ScalarType::Double);
+    const OnDevice device(samples.get_device_index());
 
-  SweepData<T> data{masked::at_address(static_cast<const int64_t*>(inputs.device_program.data_ptr()), program),
-                    static_cast<const T*>(samples.data_ptr()),
-                    n,
-                    samples.size(1),
-                    static_cast<const T*>(inputs.weights.data_ptr()),
-                    inputs.constants ? static_cast<const T*>(inputs.constants->data_ptr()) : nullptr,
-                    static_cast<T*>(out.mutable_data_ptr()),
-                    ladj ? static_cast<T*>(ladj->mutable_data_ptr()) : nullptr,
-                    static_cast<T*>(state.mutable_data_ptr()),
-                    static_cast<double*>(partial.mutable_data_ptr()),
-                    0};
-  for (int64_t done = 0; done < tiles; done += together) {
-    data.first = done * kWarp;
-    const unsigned blocks = static_cast<unsigned>(std::min(together, tiles - done));
-    for (int64_t s = 0; s < program.stage_count; ++s) {
-      const Stage& stage = program.stages[s];
-      const int64_t products = stage.sequential - stage.begin;
-      check(products <= 65535, "program has ", products, " products side by side, but expected at most 65535");
-      if (products > 0) {
-        const dim3 grid(blocks, static_cast<unsigned>(products), parts_of(program, stage));
-        launch(masked_products_kernel<T>, grid, dim3(kThreads), 0, device.stream(), data, s);
+    SweepData<T> data{masked::at_address(static_cast<const int64_t*>(inputs.device_program.data_ptr()), program),
+                      static_cast<const T*>(samples.data_ptr()),
+                      n,
+                      samples.size(1),
+                      static_cast<const T*>(inputs.weights.data_ptr()),
+                      inputs.constants ? static_cast<const T*>(inputs.constants->data_ptr()) : nullptr,
+                      static_cast<T*>(out.mutable_data_ptr()),
+                      ladj ? static_cast<T*>(ladj->mutable_data_ptr()) : nullptr,
+                      static_cast<T*>(state.mutable_data_ptr()),
+                      static_cast<double*>(partial.mutable_data_ptr()),
+                      0};
+    for (int64_t done = 0; done < tiles; done += together) {
+      data.first = done * kWarp;
+      const unsigned blocks = static_cast<unsigned>(std::min(together, tiles - done));
+      for (int64_t s = 0; s < program.stage_count; ++s) {
+        const Stage& stage = program.stages[s];
+        const int64_t products = stage.sequential - stage.begin;
+        check(products <= 65535, "program has ", products, " products side by side, but expected at most 65535");
+        if (products > 0) {
+          const dim3 grid(blocks, static_cast<unsigned>(products), parts_of(program, stage));
+          launch(masked_products_kernel<T>, grid, dim3(kThreads), 0, device.stream(), data, s);
+        }
+        launch(masked_sequence_kernel<T, Map>, dim3(blocks), dim3(kThreads), 0, device.stream(), data, s, map);
       }
-      launch(masked_sequence_kernel<T, Transform>, dim3(blocks), dim3(kThreads), 0, device.stream(), data, s, transform);
     }
   }
-}
-
-std::tuple<Tensor, Tensor> masked_affine_inverse(const Tensor& samples, const Tensor& weights, const Tensor& constants,
-                                                 const Tensor& program, const Tensor& device_program, int64_t features,
-                                                 int64_t activation, double limit, double offset, double epsilon) {
-  const SweepInputs inputs{samples, weights, &constants, program, device_program};
-  const Program checked = check_inverse(inputs, features, 2);
-  check_affine_map(activation);
-  Tensor x = torch::stable::new_empty(samples, {samples.size(0), features});
-  Tensor ladj = torch::stable::new_empty(samples, {samples.size(0)});
-  auto run = [&](auto type) {
-    using T = decltype(type);
-    const AffineInverse<T> transform{activation, static_cast<T>(limit), static_cast<T>(offset),
-                                     static_cast<T>(epsilon)};
-    sweep<T>(checked, inputs, transform, x, &ladj);
-  };
-  samples.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
-  return {x, ladj};
-}
-
-Tensor masked_backward(const Tensor& samples, const Tensor& weights, const Tensor& program,
-                       const Tensor& device_program, int64_t outputs) {
-  const SweepInputs inputs{samples, weights, nullptr, program, device_program};
-  const Program checked = check_backward(inputs, outputs);
-  Tensor out = torch::stable::new_empty(samples, {samples.size(0), outputs});
-  auto run = [&](auto type) {
-    using T = decltype(type);
-    sweep<T>(checked, inputs, NoTransform<T>{}, out, nullptr);
-  };
-  samples.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
-  return out;
-}
+};
 
 STABLE_TORCH_LIBRARY_IMPL(PYGEN_CUDA_NAMESPACE, PYGEN_CUDA_KEY, library) {
-  library.impl("masked_affine_inverse", TORCH_BOX(&masked_affine_inverse));
-  library.impl("masked_backward", TORCH_BOX(&masked_backward));
+  library.impl("masked_affine_inverse", TORCH_BOX(&MaskedOperators<Cuda>::affine_inverse));
+  library.impl("masked_spline_inverse", TORCH_BOX(&MaskedOperators<Cuda>::spline_inverse));
+  library.impl("masked_backward", TORCH_BOX(&MaskedOperators<Cuda>::backward));
 }
 
 }  // namespace

@@ -2,7 +2,6 @@
 // program names must be there.
 #pragma once
 
-#include "coupling.h"
 #include "masked.h"
 #include "tensor.h"
 
@@ -23,7 +22,6 @@ inline bool within(int64_t first, int64_t count, int64_t size) {
 
 class ProgramChecker {
  public:
-  // per_input: the parameters of an input where the program may transform, 0 where it may solve.
   ProgramChecker(const SweepInputs& inputs, int64_t outputs, int64_t per_input)
       : outputs_(outputs), per_input_(per_input) {
     const Tensor& samples = inputs.samples;
@@ -40,7 +38,8 @@ class ProgramChecker {
           "program has shape ", shape_of(inputs.program), ", but expected int64 (length,), contiguous");
     check(same_device(inputs.device_program, samples) && inputs.device_program.scalar_type() == ScalarType::Long &&
               inputs.device_program.is_contiguous() && inputs.device_program.numel() == inputs.program.numel(),
-          "device_program has shape ", shape_of(inputs.device_program), ", but expected a copy of program where samples "
+          "device_program has shape ", shape_of(inputs.device_program),
+          ", but expected a copy of program where samples "
           "are");
     columns_ = samples.size(1);
     weights_ = inputs.weights.numel();
@@ -67,8 +66,10 @@ class ProgramChecker {
       }
     }
     for (int64_t i = 0; i < program_.instruction_count; ++i) {
-      check(holds(program_.instructions[i]), "program names a row, weight, constant or column that is not there in "
-            "instruction ", i);
+      check(holds(program_.instructions[i]),
+            "program names a row, weight, constant or column that is not there in "
+            "instruction ",
+            i);
     }
     return program_;
   }
@@ -76,7 +77,8 @@ class ProgramChecker {
  private:
   static void check_flat(const char* name, const Tensor& tensor, ScalarType dtype, const Tensor& samples) {
     check(tensor.scalar_type() == dtype && tensor.dim() == 1 && tensor.is_contiguous() && same_device(tensor, samples),
-          name, " has shape ", shape_of(tensor), ", but expected (length,), contiguous, with the dtype and device of "
+          name, " has shape ", shape_of(tensor),
+          ", but expected (length,), contiguous, with the dtype and device of "
           "samples");
   }
 
@@ -100,7 +102,8 @@ class ProgramChecker {
     if (in.kind != Kind::kStore && !rows(in.row, in.rows)) return false;
     switch (in.kind) {
       case Kind::kLinear:
-        return rows(in.a, in.b) && (in.rows == 0 || in.b <= weights_ / in.rows) && within(in.c, in.rows * in.b, weights_) &&
+        return rows(in.a, in.b) && (in.rows == 0 || in.b <= weights_ / in.rows) &&
+               within(in.c, in.rows * in.b, weights_) &&
                (in.d < 0 ? in.d >= masked::kZero : within(in.d, in.rows, constants_));
       case Kind::kActivation:
         return in.b >= 0 && in.b < masked::kUnits && within(in.c, 1, constants_) && operands(in.a, in.rows, any_value);
@@ -133,17 +136,9 @@ class ProgramChecker {
   masked::Program program_;
 };
 
-inline masked::Program check_inverse(const SweepInputs& inputs, int64_t features, int64_t per_input) {
-  return ProgramChecker(inputs, features, per_input).checked();
-}
-
-inline masked::Program check_backward(const SweepInputs& inputs, int64_t outputs) {
-  return ProgramChecker(inputs, outputs, 0).checked();
-}
-
-inline void check_affine_map(int64_t activation) {
-  check(activation >= 0 && activation < kActivations, "activation is ", activation, ", but expected 0 to ",
-        kActivations - 1);
+// per_input: the parameters of an input where the program may transform, 0 where it may solve.
+inline masked::Program checked_program(const SweepInputs& inputs, int64_t outputs, int64_t per_input) {
+  return ProgramChecker(inputs, outputs, per_input).checked();
 }
 
 }  // namespace pygen

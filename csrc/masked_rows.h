@@ -1,5 +1,5 @@
-// Row functions of the masked sweeps on the CPU: a row is a unit's values for a tile of samples, one or two vectors of 64
-// bytes that lie together.
+// Row functions of the masked sweeps on the CPU: a row is a unit's values for a tile of samples, one or two vectors of
+// 64 bytes that lie together.
 #pragma once
 
 #include <array>

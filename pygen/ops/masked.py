@@ -1,10 +1,10 @@
 """The inverse of a masked autoregressive transform in one sweep, and its gradient in another.
 
-y_i = tau(x_i; p_i), with p_i a function of the inputs before i (Papamakarios et al. 2017, MAF, arXiv:1705.07057, eq. 3-4;
-read from y to x it is Kingma et al. 2016, IAF, arXiv:1606.04934, eq. 10-11). Solving for x one input after the other,
-each hidden unit can be computed once, when its last input is known, instead of D times.
+y_i = tau(x_i; p_i), with p_i a function of the inputs before i (Papamakarios et al. 2017, MAF, arXiv:1705.07057,
+eq. 3-4; with the directions exchanged Kingma et al. 2016, IAF, arXiv:1606.04934, eq. 10-11). Solving for x one input
+after the other, each hidden unit can be computed once, when its last input is known, instead of D times.
 
-Gradient. Let g and G be the cotangents of x and ladj, and xbar_i that of x_i in all. Differentiating the equation above,
+Gradient. Let g and G be the cotangents of x and ladj, and xbar_i that of x_i in all. Differentiating the equation,
 xbar_i = g_i - G dl_i/dx_i + sum_j>i (dp_j/dx_i)^T pbar_j,  pbar_i = -(xbar_i / tau'_i) dtau_i/dp_i - G dl_i/dp_i,
 ybar_i = xbar_i / tau'_i, with l = log tau': a triangular system in xbar, linear, with the network's own weights.
 """
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pygen import _native
-from pygen.ops import coupling
+from pygen.ops import coupling, spline
 from pygen.ops.masked_network import MaskedNetwork
 from pygen.ops.masked_program import MaskedPlan
 
@@ -49,7 +49,7 @@ class Elementwise(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """x (n, features) mapped with the network's outputs (n, features * per_input), and the log-determinant."""
 
-    def sweep(self, kernels: Any, samples: Tensor, *program: Tensor) -> tuple[Tensor, Tensor]:
+    def sweep(self, kernels: Any, samples: Tensor, *program: Any) -> tuple[Tensor, Tensor]:
         """Call the kernel that solves for x."""
 
     def derivatives(self, kernels: Any, x: Tensor, outputs: Tensor, grad_ladj: Tensor) -> Derivatives:
@@ -107,7 +107,7 @@ class MaskedAffine:
         code = coupling.ACTIVATIONS.index(self.activation)
         return code, 1.0 if self.limit is None else self.limit, self.offset, self.epsilon
 
-    def sweep(self, kernels: Any, samples: Tensor, *program: Tensor) -> tuple[Tensor, Tensor]:
+    def sweep(self, kernels: Any, samples: Tensor, *program: Any) -> tuple[Tensor, Tensor]:
         x, ladj = kernels.masked_affine_inverse(samples, *program, *self._options)
         return x, ladj
 
@@ -117,6 +117,80 @@ class MaskedAffine:
         slope, by_raw = kernels.affine_backward(x, raw, one, torch.zeros_like(grad_ladj), *self._options, 1, False)
         _, ladj_by_raw = kernels.affine_backward(x, raw, zero, grad_ladj, *self._options, 1, False)
         return Derivatives(slope, torch.stack((by_raw, one), -1), zero, torch.stack((ladj_by_raw, zero), -1))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MaskedSpline:
+    """y by a monotone rational-quadratic spline: what the outputs of an autoregressive spline flow's network mean.
+
+    bins: K. An input's parameters are its widths, heights and derivatives, side by side, as nflows, normflows and zuko
+        have them.
+    The others are those of `rational_quadratic_spline`.
+
+    ValueError: where `rational_quadratic_spline` raises it.
+    """
+
+    bins: int
+    tails: spline.Tails = None
+    domain: tuple[spline.Bound, spline.Bound] = (0.0, 1.0)
+    image: tuple[spline.Bound, spline.Bound] | None = None
+    min_bin_width: float = 1e-3
+    min_bin_height: float = 1e-3
+    min_derivative: float = 1e-3
+    parametrization: str = "softplus"
+    slope: float = 1e-3
+    boundary_slope: float = 1.0
+    identity_init: bool = False
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        features = len(self.tails) if isinstance(self.tails, Sequence) and not isinstance(self.tails, str) else 1
+        tensors = [each for pair in (self.domain, self.image) if pair for each in pair if isinstance(each, Tensor)]
+        features = max(features, *(each.numel() for each in tensors)) if tensors else features
+        self._settle(torch.zeros(0, features, device=tensors[0].device if tensors else None))
+
+    @property
+    def per_input(self) -> int:
+        more = {None: 1, "linear": -1, "circular": 0}
+        return 3 * self.bins + (more[self.tails] if self.tails is None or isinstance(self.tails, str) else 1)
+
+    def unit_of(self, features: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        return _units(features, self.per_input, interleaved=True)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def _settle(self, x: Tensor) -> tuple[Tensor | None, tuple[Any, ...]]:
+        """What all splines share: the table of their bounds, and the kernels' other arguments."""
+        _, dimensions, settled = spline._settle(x, x.new_zeros(self.per_input), **self._options)
+        return dimensions, settled
+
+    def __call__(
+        self, x: Tensor, outputs: Tensor, *, inverse: bool = False, event_dims: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        parameters = outputs.unflatten(-1, (-1, self.per_input))
+        return spline.rational_quadratic_spline(
+            x, parameters, inverse=inverse, event_dims=event_dims, **self._options
+        )  # fmt: skip
+
+    def sweep(self, kernels: Any, samples: Tensor, *program: Any) -> tuple[Tensor, Tensor]:
+        dimensions, settled = self._settle(samples[:, : program[-1]])
+        x, ladj = kernels.masked_spline_inverse(samples, *program, dimensions, *settled[:-1])
+        return x, ladj
+
+    def derivatives(self, kernels: Any, x: Tensor, outputs: Tensor, grad_ladj: Tensor) -> Derivatives:
+        dimensions, settled = self._settle(x)
+        parameters = outputs.unflatten(-1, (-1, self.per_input))
+
+        def pull(grad_y: Tensor, grad_ladj: Tensor) -> tuple[Tensor, Tensor]:
+            found: tuple[Tensor, Tensor] = kernels.rational_quadratic_spline_backward(
+                x, (parameters,), dimensions, grad_y, grad_ladj, *settled, False
+            )
+            return found
+
+        slope, by_parameters = pull(torch.ones_like(x), torch.zeros_like(grad_ladj))
+        return Derivatives(slope, by_parameters, *pull(torch.zeros_like(x), grad_ladj))
 
 
 def _units(features: int, per_input: int, interleaved: bool) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -166,6 +240,7 @@ def _arithmetic_dtype(x: Tensor) -> torch.dtype:
 
 
 @_native.register_fake("masked_affine_inverse")
+@_native.register_fake("masked_spline_inverse")
 def _inverse_fake(
     samples: Tensor, weights: Tensor, constants: Tensor, program: Tensor, device_program: Tensor, features: int,
     *_: Any,
@@ -174,9 +249,7 @@ def _inverse_fake(
 
 
 @_native.register_fake("masked_backward")
-def _backward_fake(
-    samples: Tensor, weights: Tensor, program: Tensor, device_program: Tensor, outputs: int
-) -> Tensor:
+def _backward_fake(samples: Tensor, weights: Tensor, program: Tensor, device_program: Tensor, outputs: int) -> Tensor:
     return samples.new_empty((samples.shape[0], outputs))
 
 
@@ -265,7 +338,7 @@ def _backward_through_passes(
     """The gradient as a differentiable function, for second derivatives: that of the reference, at its cost."""
     x, ladj = _passes(y, context, ctx.network, ctx.elementwise, parameters)
     inputs = (y, context, None, None, *parameters)
-    wanted = [tensor for tensor, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
+    wanted = [each for each, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed and each is not None]
     found = iter(
         torch.autograd.grad((x, ladj), wanted, (grad_x, grad_ladj), create_graph=True, allow_unused=True)
     )  # fmt: skip
@@ -284,7 +357,7 @@ def masked_inverse(
         y: (*batch, features), float32, float64, bfloat16 or float16, any strides.
         network: from x and the context to the parameters; any stack of masked layers (see `MaskedNetwork`).
         context: (*batch, context_features), for a network that has one.
-        elementwise: tau, and where in the network's outputs its parameters lie: `MaskedAffine(...)`.
+        elementwise: tau, and where in the network's outputs its parameters lie: `MaskedAffine` or `MaskedSpline`.
 
     Returns:
         x, with y's shape and dtype, and ladj (*batch) = log |det dx/dy| in nats, float32 (float64 for float64 y).

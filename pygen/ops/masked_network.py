@@ -33,7 +33,7 @@ _GELU_CUBIC = 0.044715
 
 
 class Node(NamedTuple):
-    """One vector of the network. `slots` are positions in `MaskedNetwork.parameters()`, -1 for a bias that is absent."""
+    """One vector of the network. `slots` are positions in `MaskedNetwork.parameters()`, -1 for what is absent."""
 
     kind: str  # input, context, linear, activation, add, multiply, normalize
     units: int
@@ -214,20 +214,17 @@ class MaskedNetwork:
             values.append(None if any(each is None for each in of) else self._value(index, of, parameters, dtype))
         return values
 
-    def _value(
-        self, index: int, of: Sequence[Any], parameters: Sequence[Tensor], dtype: torch.dtype | None
-    ) -> Tensor:
+    def _value(self, index: int, of: Sequence[Any], parameters: Sequence[Tensor], dtype: torch.dtype | None) -> Tensor:
         node = self.nodes[index]
         if node.kind == "linear":
             bias = _at(parameters, node.slots[1], dtype)
-            return functional.linear(of[0], self.weight(index, parameters, dtype), bias)
+            return cast(Tensor, functional.linear(of[0], self.weight(index, parameters, dtype), bias))
         if node.kind == "activation":
             return activate(node, of[0])
         if node.kind == "normalize":
             scale, shift = affine_of(node, parameters, dtype)
-            return of[0] * scale + shift
-        total: Tensor = of[0] + of[1] if node.kind == "add" else of[0] * of[1]
-        return total
+            return cast(Tensor, of[0] * scale + shift)
+        return cast(Tensor, of[0] + of[1] if node.kind == "add" else of[0] * of[1])
 
     def weight(self, index: int, parameters: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
         """W * M of a linear node, kept from call to call where no gradient is wanted."""
@@ -235,12 +232,13 @@ class MaskedNetwork:
         if torch.is_grad_enabled() and whole.requires_grad:
             return self._multiply(index, whole, dtype)
         kept = self._masked.setdefault(index, Kept())
-        return kept.get((whole,), dtype, lambda: self._multiply(index, whole, dtype))
+        weight: Tensor = kept.get((whole,), dtype, lambda: self._multiply(index, whole, dtype))
+        return weight
 
     def _multiply(self, index: int, whole: Tensor, dtype: torch.dtype | None) -> Tensor:
         columns = slice(*self.nodes[index].columns)
         mask = getattr(self.nodes[index].layer, "mask", None)
-        weight = whole[:, columns] if mask is None else whole[:, columns] * mask[:, columns]
+        weight: Tensor = whole[:, columns] if mask is None else whole[:, columns] * mask[:, columns]
         return weight if dtype is None else weight.to(dtype)
 
     def backward(

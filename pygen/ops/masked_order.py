@@ -94,7 +94,7 @@ class Placement:
         self.output = len(network.nodes) - 1
         if self.output not in reached or self.output == 0:
             raise ValueError("the last node of network does not depend on x, but expected the parameters of the map")
-        self.levels = levels_of(reached[self.output][unit_of].any(1))
+        self.levels = levels_of(np.logical_or.reduce(reached[self.output][unit_of], axis=1))
         self.last = int(self.levels.max())
         self.nodes = sorted(reached)
         self.order: dict[int, Integers] = {}  # the units of a node in the order of their rows
