@@ -2,6 +2,7 @@
 #pragma once
 
 #include "coupling.h"
+#include "ladj.h"
 #include "tensor.h"
 
 namespace pygen {
@@ -24,19 +25,6 @@ inline void check_affine(const Tensor& x, const OptionalTensor& raw_scale, const
     check(is_floating(shift->scalar_type()), "shift has a dtype that is not supported");
     check(same_device(*shift, x), "shift is on another device than x");
   }
-}
-
-inline void check_grad_ladj(const Tensor& x, const Tensor& grad_ladj, int64_t event_dims) {
-  check(same_device(grad_ladj, x), "grad_ladj is on another device than x");
-  check(grad_ladj.dim() == x.dim() - event_dims &&
-            std::equal(grad_ladj.sizes().begin(), grad_ladj.sizes().end(), x.sizes().begin()),
-        "grad_ladj has shape ", shape_of(grad_ladj), ", but expected the batch dimensions of x, ", shape_of(x));
-}
-
-// ladj has the batch dimensions of x.
-inline Tensor empty_ladj(const Tensor& x, int64_t event_dims) {
-  const auto sizes = x.sizes();
-  return torch::stable::new_empty(x, {sizes.data(), sizes.size() - static_cast<size_t>(event_dims)}, sum_dtype(x));
 }
 
 }  // namespace pygen

@@ -26,6 +26,27 @@ constexpr const char* kSchemas[] = {
     "rational_quadratic_spline_backward(Tensor x, Tensor[] parameters, Tensor? dimensions, Tensor grad_output, "
     "Tensor grad_ladj, int bins, int tails, float[] bounds, float[] minimums, int parametrization, float sharpness, "
     "float boundary_slope, float scale, int event_dims, bool inverse) -> (Tensor grad_input, Tensor grad_parameters)",
+    // masked: samples (n, columns) are what a program of pygen/ops/masked_program.py reads of each sample
+    "masked_affine_inverse(Tensor samples, Tensor weights, Tensor constants, Tensor program, Tensor device_program, "
+    "int features, int activation, float limit, float offset, float epsilon) -> (Tensor x, Tensor ladj)",
+    "masked_spline_inverse(Tensor samples, Tensor weights, Tensor constants, Tensor program, Tensor device_program, "
+    "int features, Tensor? dimensions, int bins, int tails, float[] bounds, float[] minimums, int parametrization, "
+    "float sharpness, float boundary_slope, float scale) -> (Tensor x, Tensor ladj)",
+    "masked_backward(Tensor samples, Tensor weights, Tensor program, Tensor device_program, int outputs) -> Tensor",
+    // mixture: [K logits | K means | K log scales] for each element, in one tensor or three
+    "logistic_mixture_forward(Tensor x, Tensor[] parameters, int event_dims) -> (Tensor y, Tensor ladj)",
+    "logistic_mixture_inverse(Tensor y, Tensor[] parameters, int event_dims) -> (Tensor x, Tensor ladj)",
+    "logistic_mixture_backward(Tensor x, Tensor[] parameters, Tensor grad_output, Tensor grad_ladj, int event_dims, "
+    "bool inverse) -> (Tensor grad_input, Tensor grad_parameters)",
+    // piecewise: a polynomial spline of degree 1 to 3; parameters in one tensor or one of each kind; bounds = left, right,
+    // bottom, top; minimums = bin width, bin height
+    "piecewise_spline_forward(Tensor x, Tensor[] parameters, int degree, int bins, bool tails, float[] bounds, "
+    "float[] minimums, float end_weight, float scale, int event_dims) -> (Tensor y, Tensor ladj)",
+    "piecewise_spline_inverse(Tensor y, Tensor[] parameters, int degree, int bins, bool tails, float[] bounds, "
+    "float[] minimums, float end_weight, float scale, int event_dims) -> (Tensor x, Tensor ladj)",
+    "piecewise_spline_backward(Tensor x, Tensor[] parameters, Tensor grad_output, Tensor grad_ladj, int degree, "
+    "int bins, bool tails, float[] bounds, float[] minimums, float end_weight, float scale, int event_dims, "
+    "bool inverse) -> (Tensor grad_input, Tensor grad_parameters)",
     // schedule: steps, seeds and sample_ids hold one number per sample (or one for all) and take precedence
     "diffusion_step(Tensor sample, Tensor model_output, Tensor coefficients, SymInt step, Tensor? steps, "
     "Tensor[] history, Tensor? noise, SymInt seed, Tensor? seeds, Tensor? sample_ids, float low, float high) "

@@ -11,6 +11,8 @@ from pygen.ops.noise import noise
 if TYPE_CHECKING:
     from pygen.ops.cache import attend_cached, attend_cached_reference
     from pygen.ops.coupling import affine, affine_reference
+    from pygen.ops.masked import MaskedAffine, MaskedSpline, masked_inverse, masked_inverse_reference
+    from pygen.ops.masked_network import MaskedNetwork
     from pygen.ops.mixture import logistic_mixture, logistic_mixture_reference
     from pygen.ops.noise import noise_reference, uniform, uniform_reference
     from pygen.ops.piecewise import (
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from pygen.ops.spline import rational_quadratic_spline, rational_quadratic_spline_reference
 
 _FAMILY_OF = {
+    "MaskedAffine": "masked",
+    "MaskedNetwork": "masked_network",
+    "MaskedSpline": "masked",
     "affine": "coupling",
     "affine_reference": "coupling",
     "attend_cached": "cache",
@@ -38,6 +43,8 @@ _FAMILY_OF = {
     "linear_spline_reference": "piecewise",
     "logistic_mixture": "mixture",
     "logistic_mixture_reference": "mixture",
+    "masked_inverse": "masked",
+    "masked_inverse_reference": "masked",
     "noise_reference": "noise",
     "quadratic_spline": "piecewise",
     "quadratic_spline_reference": "piecewise",
@@ -55,6 +62,7 @@ OPERATORS = {
     "attend_cached": ("attend_cached",),
     "diffusion_step": ("diffusion_step", "diffusion_step_denoised", "diffusion_step_backward"),
     "logistic_mixture": ("logistic_mixture_forward", "logistic_mixture_inverse", "logistic_mixture_backward"),
+    "masked_inverse": ("masked_affine_inverse", "masked_spline_inverse", "masked_backward"),
     "noise": ("noise",),
     "rational_quadratic_spline": (
         "rational_quadratic_spline_forward",
@@ -67,6 +75,9 @@ OPERATORS = {
 
 __all__ = [
     "OPERATORS",
+    "MaskedAffine",
+    "MaskedNetwork",
+    "MaskedSpline",
     "affine",
     "affine_reference",
     "attend_cached",
@@ -79,6 +90,8 @@ __all__ = [
     "linear_spline_reference",
     "logistic_mixture",
     "logistic_mixture_reference",
+    "masked_inverse",
+    "masked_inverse_reference",
     "noise",
     "noise_reference",
     "quadratic_spline",
