@@ -31,3 +31,11 @@ def couplings(depth: int, channels: int = 4, **options: object) -> list[Transfor
         AffineCoupling(Conditioner(*((low, high) if k % 2 else (high, low)), **options), flip=k % 2 == 1)
         for k in range(depth)
     ]
+
+
+# Each recipe as small as it can be and still have all its parts.
+SMALL_RECIPES: dict[str, dict[str, object]] = {
+    "realnvp": {"couplings": 2, "width": 4},
+    "nice": {"couplings": 2, "width": 8, "layers": 2},
+    "glow": {"scales": 2, "steps": 2, "width": 4},
+}

@@ -1,4 +1,4 @@
-"""The contract that the five families share, on every family through the registry."""
+"""The contract that the five families share, on every recipe of every family through the registry."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import inspect
 
 import pytest
 import torch
+from flow_cases import SMALL_RECIPES
 
 from pygen.model import Density, DensityUnavailable, GenerativeModel, Stage
 from pygen.workbench.families import FAMILIES, build
@@ -19,12 +20,22 @@ DENSITIES = {
     "autoregressive": Density.EXACT,
 }
 SHAPE, LEVELS, CLASSES = (1, 8, 8), 17, 10
+RECIPES = [(family, recipe) for family, recipes in FAMILIES.items() for recipe in recipes]
 
 
-@pytest.fixture(params=list(DENSITIES), scope="module")
-def model(request: pytest.FixtureRequest) -> GenerativeModel:
+def small(family: str, recipe: str, **config: object) -> GenerativeModel:
     torch.manual_seed(0)
-    return build(request.param, shape=SHAPE, levels=LEVELS, classes=CLASSES).eval()
+    return build(family, recipe, **(SMALL_RECIPES[recipe] if family == "flow" else {}), **config).eval()
+
+
+@pytest.fixture(params=RECIPES, ids="-".join, scope="module")
+def named(request: pytest.FixtureRequest) -> tuple[str, str]:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(named: tuple[str, str]) -> GenerativeModel:
+    return small(*named, shape=SHAPE, levels=LEVELS, classes=CLASSES)
 
 
 @pytest.fixture
@@ -46,8 +57,8 @@ def test_the_registry_has_the_five_families():
     assert set(FAMILIES) == set(DENSITIES)
 
 
-def test_density(model):
-    assert model.density is {type(build(name)): kind for name, kind in DENSITIES.items()}[type(model)]
+def test_density(named, model):
+    assert model.density is DENSITIES[named[0]]
 
 
 def test_samples_are_pictures(model):
@@ -165,17 +176,15 @@ def test_signatures_are_those_of_the_contract(model):
         assert all(p.default is not inspect.Parameter.empty for p in extra)
 
 
-def test_without_labels():
-    for name in DENSITIES:
-        model = build(name, shape=SHAPE, levels=LEVELS, classes=None).eval()
-        assert model.sample(2, steps=steps_of(model)).shape == (2, *SHAPE)
-        with pytest.raises(ValueError, match="without classes"):
-            model.sample(2, condition=torch.tensor([0, 1]))
+def test_without_labels(named):
+    model = small(*named, shape=SHAPE, levels=LEVELS, classes=None)
+    assert model.sample(2, steps=steps_of(model)).shape == (2, *SHAPE)
+    with pytest.raises(ValueError, match="without classes"):
+        model.sample(2, condition=torch.tensor([0, 1]))
 
 
-def test_colour_pictures():
-    for name in DENSITIES:
-        model = build(name, shape=(3, 8, 8), levels=8, classes=None).eval()
-        player = next(iter(model.players()))
-        assert model.loss(torch.zeros(2, 3, 8, 8), player=player).isfinite()
-        assert model.sample(1, steps=steps_of(model)).shape == (1, 3, 8, 8)
+def test_colour_pictures(named):
+    model = small(*named, shape=(3, 8, 8), levels=8, classes=None)
+    player = next(iter(model.players()))
+    assert model.loss(torch.zeros(2, 3, 8, 8), player=player).isfinite()
+    assert model.sample(1, steps=steps_of(model)).shape == (1, 3, 8, 8)

@@ -10,10 +10,20 @@ from pygen.flows.coupling import (
     SplineCoupling,
 )
 from pygen.flows.flow import Flow
+from pygen.flows.glow import Glow, GlowConfig
+from pygen.flows.linear import InvertibleLinear
+from pygen.flows.nice import NICE, NICEConfig
+from pygen.flows.normalization import ActNorm
+from pygen.flows.permutation import Permutation
+from pygen.flows.pictures import Logit, PictureFlow, PictureFlowConfig
 from pygen.flows.realnvp import RealNVP, RealNVPConfig
-from pygen.flows.transform import FirstHalf, Inverse, Stack, Transform
+from pygen.flows.reshape import Flatten, Haar, Squeeze
+from pygen.flows.tarflow import MetaBlock, TarFlow, TarFlowConfig
+from pygen.flows.transform import FirstHalf, Inverse, Reshape, Stack, Step, Transform
 
 __all__ = [
+    "NICE",
+    "ActNorm",
     "AdditiveCoupling",
     "AffineCoupling",
     "AffineInjector",
@@ -22,15 +32,31 @@ __all__ = [
     "Coupling",
     "DiagonalNormal",
     "FirstHalf",
+    "Flatten",
     "Flow",
+    "Glow",
+    "GlowConfig",
+    "Haar",
     "Inverse",
+    "InvertibleLinear",
+    "Logit",
+    "MetaBlock",
     "MixtureCoupling",
+    "NICEConfig",
+    "Permutation",
+    "PictureFlow",
+    "PictureFlowConfig",
     "RealNVP",
     "RealNVPConfig",
+    "Reshape",
     "SplineCoupling",
+    "Squeeze",
     "Stack",
     "StandardLogistic",
     "StandardNormal",
+    "Step",
+    "TarFlow",
+    "TarFlowConfig",
     "Transform",
     "Uniform",
 ]

@@ -93,7 +93,7 @@ class PictureFlow(GenerativeModel):
         """The prior point of the centre of x's quantization cell; `decode` brings it back to x."""
         x = self.check_pictures(x)
         condition = self.check_condition(condition, len(x))
-        return self.flow.encode((self.quantize(x) + 0.5) / self.config.levels, condition)
+        return self.flow.encode((self.quantize(x).to(x.dtype) + 0.5) / self.config.levels, condition)
 
     def decode(self, z: Tensor, *, condition: Tensor | None = None) -> Tensor:
         """The quantized picture of a prior point, (n, channels, height, width) in [-1, 1]."""

@@ -194,7 +194,21 @@ class FirstHalf(Transform):
 
     def steps(self) -> list[Transform]:
         parts = self.transform.steps()
-        return [self] if parts == [self.transform] else [FirstHalf(part) for part in parts]
+        if parts == [self.transform]:
+            return [self]
+        # Between steps both halves must have the shape that they have here: what reshapes the first half goes around
+        # each of its steps.
+        steps, around = [], list[Transform]()
+        for part in parts:
+            if around and _undoes(part, around[-1]):
+                around.pop()
+            elif _reshapes(part):
+                around.append(part)
+            else:
+                steps.append([*around, part, *(Inverse(each) for each in reversed(around))])
+        if around:
+            steps.append(around)
+        return [FirstHalf(step[0] if len(step) == 1 else Stack(step)) for step in steps]
 
     def lay_out(self, y: Tensor) -> Tensor:
         first, second = _halves(y)
@@ -208,6 +222,16 @@ class FirstHalf(Transform):
         first, second = _halves(y)
         for label, state in self.transform.inverse_path(first, context):
             yield Stage(label, torch.cat((state, second), dim=1))
+
+
+def _reshapes(part: Transform) -> bool:
+    return isinstance(part.transform if isinstance(part, Inverse) else part, Reshape)
+
+
+def _undoes(part: Transform, other: Transform) -> bool:
+    return (isinstance(part, Inverse) and part.transform is other) or (
+        isinstance(other, Inverse) and other.transform is part
+    )
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -443,7 +443,9 @@ def _train_options(family: Family, recipe: str) -> Any:
     config = config_class(family, recipe)
     found = FAMILIES[family][recipe]
     of_the_data = {field.name for field in dataclasses.fields(ModelConfig)}
-    described = _described(config.__doc__ or "", [field.name for field in dataclasses.fields(config)])
+    described: dict[str, str] = {}
+    for each in reversed(config.__mro__):
+        described |= _described(each.__doc__ or "", [field.name for field in dataclasses.fields(config)])
     hints = typing.get_type_hints(config)
     model_fields = [
         (

@@ -62,6 +62,22 @@ FAMILIES: dict[str, dict[str, Recipe]] = {
                 steps=900, batch_size=128, learning_rate=2e-3, betas=(0.9, 0.999), weight_decay=0.05, warmup=50
             ),
         ),
+        "nice": Recipe(
+            module="pygen.flows",
+            model="NICE",
+            config="NICEConfig",
+            training=TrainingConfig(
+                steps=2500, batch_size=128, learning_rate=2e-3, betas=(0.9, 0.99), weight_decay=0.3, warmup=50
+            ),
+            changes={"width": 200, "layers": 3, "margin": 0.05},
+        ),
+        "glow": Recipe(
+            module="pygen.flows",
+            model="Glow",
+            config="GlowConfig",
+            training=TrainingConfig(steps=1200, batch_size=64, learning_rate=3e-3, betas=(0.9, 0.999), warmup=50),
+            changes={"scales": 2, "steps": 8, "width": 64, "margin": 0.05},
+        ),
     },
     "diffusion": {
         "ddpm": Recipe(

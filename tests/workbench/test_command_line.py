@@ -73,6 +73,12 @@ def test_a_mistake_ends_a_process_with_code_2_and_no_traceback(tmp_path: Path) -
     ("arguments", "texts"),
     [
         (["compare", "--help"], ["--data", "--families", "--budget {quick,full}", "--seed", "(default: digits)"]),
+        (["compare", "--help"], ["--flow", "Recipe of the flow family: realnvp, nice", "(default: realnvp)"]),
+        (
+            ["train", "flow", "--help"],
+            ["--recipe", "Which model: realnvp, nice", "--model.couplings", "how often the picture is squeezed"],
+        ),
+        (["train", "flow", "--recipe", "glow", "--help"], ["--model.steps", "(default: glow)", "runs/flow-glow"]),
         (["train", "--help"], ["FAMILY is one of gan, vae, flow, diffusion, autoregressive"]),
         (
             ["train", "vae", "--help"],
@@ -107,6 +113,12 @@ def test_unknown_names_get_a_suggestion(capsys: pytest.CaptureFixture[str]) -> N
     assert "--model.width" in refused(["train", "gan", "--model.widht", "3"], capsys)
     assert "--learning-rate" in refused(["train", "gan", "--learning-rat", "3"], capsys)
     assert "gan" in refused(["compare", "--families", "gann"], capsys)
+    assert fails(["compare", "--flow", "glwo"], capsys) == "there is no flow recipe 'glwo': did you mean glow?"
+    text = "there is no flow recipe 'realnpv': did you mean realnvp?"
+    assert fails(["train", "flow", "--recipe", "realnpv"], capsys) == text
+    assert fails(["train", "flow", "--steps", "2", "--recipe=realnpv"], capsys) == text
+    assert fails(["train", "flow", "--recipe"], capsys).startswith("there is no flow recipe '': expected one of")
+    assert "--recipe" in refused(["train", "gan", "--recipe", "gan"], capsys)
 
 
 def test_bad_values_get_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path, checkpoint: Path) -> None:
@@ -123,6 +135,8 @@ def test_bad_values_get_one_sentence(capsys: pytest.CaptureFixture[str], tmp_pat
     assert "width is 0" in fails(["train", "gan", "--model.width", "0", "--out", out], capsys)
     assert fails(["train", "--steps", "3", "gan"], capsys).startswith("--steps stands before the family, but expected")
     assert fails(["compare", "--family", "gan"], capsys) == "there is no option --family: did you mean --families?"
+    text = "--flow is glow, but --families has no flow"
+    assert fails(["compare", "--families", "gan", "--flow", "glow"], capsys) == text
     assert "expected --data with it" in fails(["evaluate", str(checkpoint), "--size", "8"], capsys)
     Path(out).touch()
     assert f"{out} cannot be written" in fails(["train", "gan", "--steps", "2", "--out", out], capsys)
@@ -154,6 +168,20 @@ def test_evaluate_uses_the_data_of_the_checkpoint(checkpoint: Path, capsys: pyte
     assert list(rows) == ["GAN", "real", "noise"]
     assert rows["real"]["frechet"] < rows["GAN"]["frechet"]
     assert rows["GAN"]["bits_per_dim"] is None
+
+
+def test_a_checkpoint_knows_its_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = ["--steps", "2", "--batch-size", "8", "--model.steps", "1", "--model.width", "4"]
+    assert main(["train", "flow", "--recipe", "glow", *small]) == 0
+    assert main(["sample", "runs/flow-glow", "--count", "4"]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", "runs/flow-glow", "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)) == ["Glow", "real", "noise"]
+    command = ["train", "flow", "--resume", "--steps", "2", "--batch-size", "8", "--out", "runs/flow-glow"]
+    assert "pygen.flows.glow.Glow, but is now to go on with pygen.flows.realnvp.RealNVP" in fails(command, capsys)
 
 
 def test_evaluate_refuses_what_does_not_fit_before_the_judge_trains(

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from pygen.workbench import comparison, evaluation, report
-from pygen.workbench.checkpoint import CheckpointError
+from pygen.workbench.checkpoint import CheckpointError, load_model
 from pygen.workbench.classifier import train_classifier
 from pygen.workbench.comparison import compare, in_columns
 from pygen.workbench.data import Dataset, load_data
-from pygen.workbench.families import FAMILIES
+from pygen.workbench.families import FAMILIES, resolve
 
 for package in ("sklearn", "torchmetrics", "matplotlib", "PIL", "safetensors"):
     pytest.importorskip(package)
@@ -40,6 +40,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "gan": {"width": 16},
     "vae": {"width": 16},
     "diffusion": {"width": 16, "sample_steps": 4},
+    "flow": {"scales": 2, "steps": 1, "width": 4},
 }
 
 
@@ -49,16 +50,19 @@ def some_digits() -> Dataset:
     return dataclasses.replace(digits, pictures=digits.pictures[:240], labels=digits.labels[:240])
 
 
-def run(out: Path, seed: int, families: tuple[str, ...] = COMPARED, data: Dataset | None = None) -> dict[str, Any]:
+def run(
+    out: Path, seed: int, families: tuple[str, ...] = COMPARED, data: Dataset | None = None, **recipes: str
+) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         for family in families:
-            name, recipe = next(iter(FAMILIES[family].items()))
+            name = resolve(family, recipes.get(family))
+            recipe = FAMILIES[family][name]
             training = dataclasses.replace(recipe.training, steps=3, batch_size=16, warmup=0)
             small = dataclasses.replace(recipe, training=training, changes=SMALL[family])
             patch.setitem(FAMILIES, family, {**FAMILIES[family], name: small})
         patch.setattr(comparison, "STEPS", (1, 2, 4))
         patch.setattr(evaluation, "train_classifier", functools.partial(train_classifier, steps=150))
-        return compare(data=data or some_digits(), out=out, families=families, seed=seed)
+        return compare(data=data or some_digits(), out=out, families=families, recipes=recipes, seed=seed)
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +122,17 @@ def test_the_table_and_the_path_of_the_report_are_printed_last(
     assert lines[-1] == str(tmp_path / "report.html")
     table = lines[lines.index(next(line for line in lines if "Frechet" in line and "recall" in line)) :]
     assert [line.split()[0] for line in table[1:4]] == ["real", "VAE", "noise"]
+
+
+def test_the_recipe_that_was_asked_for_is_the_one_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = run(tmp_path, seed=0, families=("flow",), flow="glow")
+    assert summary["families"]["flow"]["recipe"] == "glow"
+    assert summary["recipes"]["flow"]["model"] == "scales=2, steps=1, width=4"
+    assert type(load_model(tmp_path / "checkpoints" / "flow")).__name__ == "Glow"
+    assert "Flow (glow)" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "\nFlow (glow)  exact" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="'glwo' is no recipe of the flow family: did you mean 'glow'"):
+        run(tmp_path, seed=0, families=("flow",), flow="glwo")
 
 
 def test_the_same_seed_gives_the_same_numbers(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
