@@ -27,10 +27,10 @@ PYGEN_CLONES void spline_rows(const T* value, T* parameters, const Bounds<T>& bo
 }
 
 template <Parametrization P, bool kInverse, class T>
-PYGEN_CLONES void spline_backward_rows(const T* x, const T* parameters, const T* grad_output, const T* grad_ladj,
+PYGEN_CLONES void spline_backward_rows(const T* value, const T* parameters, const T* grad_output, const T* grad_ladj,
                                        const Bounds<T>& bounds, SplineOptions<T> options, T* grad_input, T* gradients) {
-  spline_gradient<P, kInverse, kLanes>(x, parameters, grad_output, grad_ladj, bounds, options, gradients, grad_input,
-                                       gradients);
+  spline_gradient<P, kInverse, kLanes>(value, parameters, grad_output, grad_ladj, bounds, options, gradients,
+                                       grad_input, gradients);
 }
 
 // What all groups read: the parameters, packed or in three tensors, and the bounds.

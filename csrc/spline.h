@@ -66,13 +66,20 @@ struct Bin {
   T x, width, y, height, slope0, slope1;
 };
 
-// The widths or the heights of a group: knot k is at low + least k + unit (e_0 + ... + e_k-1).
+// The widths or the heights of a group, and of these the bin k that was found. Its low edge is at
+// low + least k + unit (e_0 + ... + e_k-1), its high edge at high - least (K - 1 - k) - unit (e_k+1 + ... + e_K-1): of
+// the two the one with less to add is the more accurate.
 template <int L, class T>
 struct Axis {
-  T low[L], least[L], unit[L];
-  T total[L];   // of all e
-  T before[L];  // of the e before the bin that was found
-  T own[L];     // e of that bin
+  T low[L], high[L], least[L], unit[L], total[L];  // total of all e
+  T before[L], own[L], after[L];                   // sums of the e before, of and after the bin
+
+  PYGEN_INLINE T size_of_bin(int l) const { return least[l] + unit[l] * own[l]; }
+  PYGEN_INLINE T start_of_bin(int l, T index, int bins) const {
+    const T from_low = low[l] + (least[l] * index + unit[l] * before[l]);
+    const T from_high = high[l] - (least[l] * (static_cast<T>(bins - 1) - index) + unit[l] * after[l]);
+    return before[l] > after[l] ? from_high - size_of_bin(l) : from_low;
+  }
 };
 
 template <int L, class T>
@@ -148,7 +155,7 @@ PYGEN_INLINE T slope_derivative(T u, const SplineOptions<T>& options) {
   }
 }
 
-// Numbers of a bin at theta = (x - x_k) / w_k that value, slope and gradients share.
+// A point of a bin: theta = (x - x_k) / w_k, and what value, slope and gradients there share.
 template <class T>
 struct BinPoint {
   T theta, rest, t, delta, denominator, numerator;
@@ -165,6 +172,26 @@ PYGEN_INLINE BinPoint<T> bin_point(const Bin<T>& bin, T theta, T rest) {
           bin.slope1 * theta * theta + T(2) * delta * t + bin.slope0 * rest * rest};
 }
 
+// The point that a value is at: x going forward, y going back. There, with eta = (y - y_k) / h_k and
+// m = d_k (1 - eta) - d_k+1 eta, the discriminant is m^2 + 4 delta^2 eta (1 - eta), never negative; theta where m >= 0,
+// else 1 - theta, comes from the form of the root that adds.
+template <bool kInverse, class T>
+PYGEN_INLINE BinPoint<T> bin_point_at(const Bin<T>& bin, T value, const Range<T>& range) {
+  if constexpr (kInverse) {
+    const T eta = range.clamp(value, (value - bin.y) / bin.height), rest = T(1) - eta;
+    const T delta = bin.height / bin.width, m = bin.slope0 * rest - bin.slope1 * eta;
+    const T root = std::sqrt(m * m + T(4) * delta * delta * eta * rest);
+    const bool from_left = m >= T(0);
+    const T part = T(2) * delta * (from_left ? eta : rest);
+    const T near = part / (part + scalar::abs(m) + root), far = T(1) - near;
+    return bin_point(bin, from_left ? near : far, from_left ? far : near);
+  } else {
+    const T theta = range.clamp(value, (value - bin.x) / bin.width);
+    return bin_point(bin, theta, T(1) - theta);
+  }
+}
+
+// dy/dx.
 template <class T>
 PYGEN_INLINE T bin_slope(const BinPoint<T>& at) {
   const T ratio = at.delta / at.denominator;
@@ -176,56 +203,33 @@ struct SplineValue {
   T value, ladj;
 };
 
-template <class T>
-PYGEN_INLINE SplineValue<T> bin_forward(const Bin<T>& bin, T x, const Range<T>& range) {
-  const T theta = range.clamp(x, (x - bin.x) / bin.width);
-  const BinPoint<T> at = bin_point(bin, theta, T(1) - theta);
-  const T slope = bin_slope(at);
-  const T y = bin.y + bin.height * (theta * (at.delta * theta + bin.slope0 * at.rest) / at.denominator);
-  const bool identity = range.identity_at(x);
-  return {identity ? x : y + slope * range.excess(x), identity ? T(0) : scalar::log(slope)};
-}
-
-// With eta = (y - y_k) / h_k and m = d_k (1 - eta) - d_k+1 eta, the root's discriminant is m^2 + 4 delta^2 eta (1 -
-// eta): never negative. theta where m >= 0, else 1 - theta, comes from the form of the root that adds.
-template <class T>
-PYGEN_INLINE SplineValue<T> bin_inverse(const Bin<T>& bin, T y, const Range<T>& range) {
-  const T eta = range.clamp(y, (y - bin.y) / bin.height);
-  const T delta = bin.height / bin.width, rest = T(1) - eta;
-  const T m = bin.slope0 * rest - bin.slope1 * eta;
-  const T root = std::sqrt(m * m + T(4) * delta * delta * eta * rest);
-  const bool from_left = m >= T(0);
-  const T part = T(2) * delta * (from_left ? eta : rest);
-  const T near = part / (part + scalar::abs(m) + root);
-  const T theta = from_left ? near : T(1) - near;
-  const T slope = bin_slope(bin_point(bin, theta, from_left ? T(1) - near : near));
-  const T x = bin.x + bin.width * theta;
-  const bool identity = range.identity_at(y);
-  return {identity ? y : x + range.excess(y) / slope, identity ? T(0) : -scalar::log(slope)};
-}
-
 template <bool kInverse, class T>
 PYGEN_INLINE SplineValue<T> bin_value(const Bin<T>& bin, T value, const Range<T>& range) {
-  if constexpr (kInverse) return bin_inverse(bin, value, range);
-  return bin_forward(bin, value, range);
+  const BinPoint<T> at = bin_point_at<kInverse>(bin, value, range);
+  const T slope = bin_slope(at), excess = range.excess(value);
+  const T x = bin.x + bin.width * at.theta + excess / slope;
+  const T y =
+      bin.y + bin.height * (at.theta * (at.delta * at.theta + bin.slope0 * at.rest) / at.denominator) + excess * slope;
+  const T ladj = scalar::log(slope);
+  const bool identity = range.identity_at(value);
+  return {identity ? value : kInverse ? x : y, identity ? T(0) : kInverse ? -ladj : ladj};
 }
 
-// Gradients with respect to a bin's numbers, from the data side: going forward the output was y and ladj = log dy/dx;
-// going back it was x and ladj = -log dy/dx, with x a function of y and the bin by the implicit function theorem.
+// Gradients of bin_value with respect to the value and the bin's numbers; going back x is a function of y and the bin
+// by the implicit function theorem.
 template <class T>
 struct BinGradient {
   T input, x, width, y, height, slope0, slope1;
 };
 
 template <bool kInverse, class T>
-PYGEN_INLINE BinGradient<T> bin_gradient(const Bin<T>& bin, T position, const Range<T>& range, T grad_output,
+PYGEN_INLINE BinGradient<T> bin_gradient(const Bin<T>& bin, T value, const Range<T>& range, T grad_output,
                                          T grad_ladj) {
-  const T theta = range.clamp(position, (position - bin.x) / bin.width);
-  const BinPoint<T> at = bin_point(bin, theta, T(1) - theta);
-  const T rest = at.rest, t = at.t, delta = at.delta, sum = bin.slope0 + bin.slope1;
+  const BinPoint<T> at = bin_point_at<kInverse>(bin, value, range);
+  const T theta = at.theta, rest = at.rest, t = at.t, delta = at.delta, sum = bin.slope0 + bin.slope1;
   const T over_denominator = T(1) / at.denominator, over_numerator = T(1) / at.numerator, over_width = T(1) / bin.width;
   const T slope = bin_slope(at);
-  const bool outside = !range.holds(position);
+  const bool outside = !range.holds(value);
   const T through_ladj = kInverse ? -grad_ladj : grad_ladj;
 
   // Of log dy/dx with respect to x.
@@ -248,19 +252,13 @@ PYGEN_INLINE BinGradient<T> bin_gradient(const Bin<T>& bin, T position, const Ra
   const T grad_width = -(moved * theta + grad_delta * delta * over_width);
   const T grad_height =
       through_y * theta * (delta * theta + bin.slope0 * rest) * over_denominator + grad_delta * over_width;
-  const T excess = through_y * range.excess(position);
-  const bool identity = range.identity_at(position);
-  return {identity ? grad_output : input,
-          outside ? T(0) : -moved,
-          outside ? T(0) : grad_width,
-          outside ? T(0) : through_y,
-          outside ? T(0) : grad_height,
-          identity               ? T(0)
-          : position < range.low ? grad_slope0 + excess
-                                 : grad_slope0,
-          identity                ? T(0)
-          : position > range.high ? grad_slope1 + excess
-                                  : grad_slope1};
+  // Outside, y moves with an end's slope times the distance of x from that end.
+  const T excess = through_y * (kInverse ? range.excess(value) / slope : range.excess(value));
+  const T below = value < range.low ? excess : T(0), above = value > range.high ? excess : T(0);
+  const bool identity = range.identity_at(value);
+  return {identity ? grad_output : input,       outside ? T(0) : -moved,      outside ? T(0) : grad_width,
+          outside ? T(0) : through_y,           outside ? T(0) : grad_height, identity ? T(0) : grad_slope0 + below,
+          identity ? T(0) : grad_slope1 + above};
 }
 
 // Rows 0 .. K-1 of e^(v - max v), v = scale u bounded by the parametrization, and their sum. exps may be u itself.
@@ -297,6 +295,7 @@ PYGEN_INLINE void scale_axis(const T* low, const T* high, T least, int bins, Axi
   for (int l = 0; l < L; ++l) {
     const T span = high[l] - low[l];
     axis.low[l] = low[l];
+    axis.high[l] = high[l];
     axis.least[l] = span * least;
     axis.unit[l] = span * (T(1) - least * static_cast<T>(bins)) / axis.total[l];
   }
@@ -313,7 +312,9 @@ PYGEN_INLINE void find_bins(const T* value, const T* exps, const T* other_exps, 
   const T* second = derivatives + options.row_of(1) * L;
   PYGEN_LANES
   for (int l = 0; l < L; ++l) {
-    sum[l] = other_sum[l] = axis.before[l] = other.before[l] = found.index[l] = T(0);
+    sum[l] = axis.before[l] = axis.after[l] = T(0);
+    other_sum[l] = other.before[l] = other.after[l] = T(0);
+    found.index[l] = T(0);
     axis.own[l] = exps[l];
     other.own[l] = other_exps[l];
     found.u0[l] = first[l];
@@ -330,8 +331,10 @@ PYGEN_INLINE void find_bins(const T* value, const T* exps, const T* other_exps, 
       const bool past = value[l] >= axis.low[l] + (axis.least[l] * index + axis.unit[l] * sum[l]);
       axis.before[l] = pick(past, sum[l], axis.before[l]);
       axis.own[l] = pick(past, exps[k * L + l], axis.own[l]);
+      axis.after[l] += pick(past, T(0), exps[k * L + l]);
       other.before[l] = pick(past, other_sum[l], other.before[l]);
       other.own[l] = pick(past, other_exps[k * L + l], other.own[l]);
+      other.after[l] += pick(past, T(0), other_exps[k * L + l]);
       found.index[l] = pick(past, index, found.index[l]);
       found.u0[l] = pick(past, start[l], found.u0[l]);
       found.u1[l] = pick(past, end[l], found.u1[l]);
@@ -365,10 +368,10 @@ PYGEN_INLINE Bin<T> bin_of(const FoundBins<L, T>& found, int l, T tails, T u_fir
   const bool last = index == static_cast<T>(options.bins - 1);
   const T slope0 = slope_of<P>(found.u0[l], options);
   const T slope1 = slope_of<P>(pick(last & circular, u_first, found.u1[l]), options);
-  return {x.low[l] + (x.least[l] * index + x.unit[l] * x.before[l]),
-          x.least[l] + x.unit[l] * x.own[l],
-          y.low[l] + (y.least[l] * index + y.unit[l] * y.before[l]),
-          y.least[l] + y.unit[l] * y.own[l],
+  return {x.start_of_bin(l, index, options.bins),
+          x.size_of_bin(l),
+          y.start_of_bin(l, index, options.bins),
+          y.size_of_bin(l),
           pick(linear & (index == T(0)), options.boundary_slope, slope0),
           pick(linear & last, options.boundary_slope, slope1)};
 }
@@ -381,11 +384,12 @@ PYGEN_INLINE void spline(const T* value, T* parameters, const SplineBounds<L, T>
   FoundBins<L, T> found;
   find_bins<P, kInverse>(value, parameters, parameters, bounds, options, found);
   const T* u_first = parameters + 2 * options.bins * L;
+  const T* low = kInverse ? bounds.bottom : bounds.left;
+  const T* high = kInverse ? bounds.top : bounds.right;
   PYGEN_LANES
   for (int l = 0; l < L; ++l) {
     const Bin<T> bin = bin_of<P>(found, l, bounds.tails[l], u_first[l], options);
-    const T low = kInverse ? bounds.bottom[l] : bounds.left[l], high = kInverse ? bounds.top[l] : bounds.right[l];
-    const Range<T> range{low, high, bounds.tails[l]};
+    const Range<T> range{low[l], high[l], bounds.tails[l]};
     const SplineValue<T> point = bin_value<kInverse>(bin, value[l], range);
     image[l] = point.value;
     ladj[l] = point.ladj;
@@ -414,23 +418,25 @@ PYGEN_INLINE void softmax_gradient(const T* u, const T* exps, const Axis<L, T>& 
   }
 }
 
-// Gradients of `spline` at L elements, given x on the data side whatever the direction was. exps has room for 2 K rows
-// and may be the first rows of gradients; with softplus both may be the parameters.
+// Gradients of `spline` at L elements. exps has room for 2 K rows and may be the first rows of gradients; with softplus
+// both may be the parameters.
 template <Parametrization P, bool kInverse, int L, class T>
-PYGEN_INLINE void spline_gradient(const T* x, const T* parameters, const T* grad_output, const T* grad_ladj,
+PYGEN_INLINE void spline_gradient(const T* value, const T* parameters, const T* grad_output, const T* grad_ladj,
                                   const SplineBounds<L, T>& bounds, SplineOptions<T> options, T* exps, T* grad_input,
                                   T* gradients) {
   FoundBins<L, T> found;
-  find_bins<P, false>(x, parameters, exps, bounds, options, found);
+  find_bins<P, kInverse>(value, parameters, exps, bounds, options, found);
   const int bins = options.bins, rows = bins * L;
   const T* u_first = parameters + 2 * rows;
+  const T* low = kInverse ? bounds.bottom : bounds.left;
+  const T* high = kInverse ? bounds.top : bounds.right;
   T left[L], width[L], bottom[L], height[L], slope0[L], slope1[L], row0[L], row1[L];
   PYGEN_LANES
   for (int l = 0; l < L; ++l) {
     const T tails = bounds.tails[l], index = found.index[l];
     const Bin<T> bin = bin_of<P>(found, l, tails, u_first[l], options);
-    const Range<T> range{bounds.left[l], bounds.right[l], tails};
-    const BinGradient<T> gradient = bin_gradient<kInverse>(bin, x[l], range, grad_output[l], grad_ladj[l]);
+    const Range<T> range{low[l], high[l], bounds.tails[l]};
+    const BinGradient<T> gradient = bin_gradient<kInverse>(bin, value[l], range, grad_output[l], grad_ladj[l]);
     grad_input[l] = gradient.input;
     left[l] = gradient.x;
     width[l] = gradient.width;

@@ -175,28 +175,21 @@ def _backward_reference(
     x: Tensor, parts: Sequence[Tensor], dimensions: Tensor | None, grad_output: Tensor, grad_ladj: Tensor,
     spline: _Spline, inverse: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The first derivative from differentiable operations, for second derivatives. x is the value on the data side."""
+    """The first derivative from differentiable operations, for second derivatives."""
 
-    def forward(x: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
-        return _evaluate(x, parts, dimensions, spline, inverse=False)
+    def transform(x: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        return _evaluate(x, parts, dimensions, spline, inverse)
 
     dtype = _arithmetic_dtype(x)
-    (y, ladj), pull = torch.func.vjp(  # type: ignore[misc]  # annotated for an auxiliary output as well
-        forward, x.to(dtype), *(part.to(dtype) for part in parts)
+    _, pull = torch.func.vjp(  # type: ignore[misc]  # annotated for an auxiliary output as well
+        transform, x.to(dtype), *(part.to(dtype) for part in parts)
     )
-    grad_output = grad_output.to(dtype)
-    if inverse:
-        # By the implicit function theorem: y = f(x, parameters), and ladj is that of f with its sign changed.
-        slope = pull((torch.ones_like(y), torch.zeros_like(ladj)))[0]
-        grad_input = (grad_output + pull((torch.zeros_like(y), -grad_ladj))[0]) / slope
-        _, *grads = pull((-grad_input, -grad_ladj))
-    else:
-        grad_input, *grads = pull((grad_output, grad_ladj))
+    grad_input, *grads = pull((grad_output.to(dtype), grad_ladj))
     return grad_input.to(x.dtype), *(grad.to(part.dtype) for grad, part in zip(grads, parts, strict=True))
 
 
 class _RationalQuadraticSpline(torch.autograd.Function):
-    """Saves the value on the data side of the transform and the parameters, nothing else."""
+    """Saves its input and the parameters, nothing else."""
 
     @staticmethod
     def forward(
@@ -204,7 +197,7 @@ class _RationalQuadraticSpline(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         y, ladj = _kernel(_native.kernels_for(x), inverse)(x, parts, dimensions, *spline)
         ctx.spline, ctx.inverse = spline, inverse
-        ctx.save_for_backward(y if inverse else x, dimensions, *parts)
+        ctx.save_for_backward(x, dimensions, *parts)
         return y, ladj
 
     @staticmethod
