@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pygen import _native
 from pygen.ops import coupling, spline
-from pygen.ops.masked_network import MaskedNetwork
+from pygen.ops.masked_network import MaskedNetwork, Tensors
 from pygen.ops.masked_program import MaskedPlan
 
 
@@ -38,8 +38,8 @@ class Elementwise(Protocol):
     """The map of one input given its parameters: `MaskedAffine` or `MaskedSpline`."""
 
     @property
-    def per_input(self) -> int:
-        """How many parameters an input has."""
+    def layout(self) -> tuple[int, ...]:
+        """How many parameters an input has, and whatever else `unit_of` depends on."""
 
     def unit_of(self, features: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         """(features, per_input): the network's output that is a parameter of an input."""
@@ -80,8 +80,8 @@ class MaskedAffine:
         self._affine(torch.zeros(0), torch.zeros(0), torch.zeros(0))
 
     @property
-    def per_input(self) -> int:
-        return 2
+    def layout(self) -> tuple[int, ...]:
+        return 2, self.scale_first, self.interleaved
 
     def unit_of(self, features: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         units = _units(features, 2, self.interleaved)
@@ -151,8 +151,13 @@ class MaskedSpline:
 
     @property
     def per_input(self) -> int:
+        """How many parameters an input has."""
         more = {None: 1, "linear": -1, "circular": 0}
-        return 3 * self.bins + (more[self.tails] if self.tails is None or isinstance(self.tails, str) else 1)
+        return 3 * self.bins + (more.get(self.tails, 1) if self.tails is None or isinstance(self.tails, str) else 1)
+
+    @property
+    def layout(self) -> tuple[int, ...]:
+        return (self.per_input,)
 
     def unit_of(self, features: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         return _units(features, self.per_input, interleaved=True)
@@ -204,10 +209,9 @@ def plan_of(network: MaskedNetwork, elementwise: Elementwise) -> MaskedPlan:
     ValueError: the network is not autoregressive (the sentence names an output and the input that it must not depend
     on), or does not have as many outputs as the map has parameters.
     """
-    unit_of = elementwise.unit_of(network.features)
-    key = unit_of.tobytes()
+    key = elementwise.layout
     if key not in network.plans:
-        network.plans[key] = MaskedPlan(network, unit_of)
+        network.plans[key] = MaskedPlan(network, elementwise.unit_of(network.features))
     plan: MaskedPlan = network.plans[key]
     return plan
 
@@ -218,19 +222,17 @@ def masked_inverse_reference(
     """`masked_inverse` as D passes through the network, in plain PyTorch: its specification, its fallback, and the
     oracle of its tests."""
     _check(y, network, context)
-    return _passes(y, context, network, elementwise, network.parameters())
+    return _passes(y, context, network, elementwise, Tensors(network.parameters(), _arithmetic_dtype(y)))
 
 
 def _passes(
-    y: Tensor, context: Tensor | None, network: MaskedNetwork, elementwise: Elementwise, parameters: Sequence[Tensor]
+    y: Tensor, context: Tensor | None, network: MaskedNetwork, elementwise: Elementwise, tensors: Tensors
 ) -> tuple[Tensor, Tensor]:
-    dtype = _arithmetic_dtype(y)
-    value = y.to(dtype)
+    value = y.to(tensors.dtype)
     x, ladj = torch.zeros_like(value), value.new_zeros(y.shape[:-1])
     with torch.autocast(y.device.type, enabled=False):
         for _ in range(network.features):
-            outputs = network.evaluate(x, context, parameters, dtype)[-1]
-            assert outputs is not None
+            outputs = cast(Tensor, network.evaluate(x, context, tensors)[-1])
             x, ladj = elementwise(value, outputs, inverse=True)
     return x.to(y.dtype), ladj
 
@@ -254,21 +256,26 @@ def _backward_fake(samples: Tensor, weights: Tensor, program: Tensor, device_pro
 
 
 def _solve(
-    kernels: Any, y: Tensor, context: Tensor | None, network: MaskedNetwork, elementwise: Elementwise,
-    parameters: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    y: Tensor, context: Tensor | None, network: MaskedNetwork, elementwise: Elementwise, tensors: Tensors
+) -> tuple[Tensor, Tensor]:
     """x and ladj for y (n, features), in the dtype of the arithmetic."""
-    plan, dtype = plan_of(network, elementwise), _arithmetic_dtype(y)
-    samples = [y.to(dtype)]
+    plan = plan_of(network, elementwise)
+    samples = [y.to(tensors.dtype)]
     if plan.fixed:
         with torch.autocast(y.device.type, enabled=False):
-            values = network.evaluate(None, context, parameters, dtype)
-        samples += [value for index in plan.fixed if (value := values[index]) is not None]
-    weights = plan.weights("inverse", parameters, dtype)
-    constants = plan.constants(parameters, dtype)
-    program = plan.code("inverse", y.device)
+            values = network.evaluate(None, context, tensors)
+        samples += [cast(Tensor, values[index]) for index in plan.fixed]
     side_by_side = torch.cat(samples, 1) if len(samples) > 1 else samples[0].contiguous()
-    return elementwise.sweep(kernels, side_by_side, weights, constants, *program, network.features)
+    program = plan.code("inverse", y.device)
+    return elementwise.sweep(
+        _native.kernels_for(y), side_by_side, plan.weights("inverse", tensors), plan.constants(tensors), *program,
+        network.features,
+    )  # fmt: skip
+
+
+def _recorded(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensors:
+    """What is made of parameters that are being trained serves no second call."""
+    return Tensors(parameters, dtype, keep=not any(parameter.requires_grad for parameter in parameters))
 
 
 class _MaskedInverse(torch.autograd.Function):
@@ -279,9 +286,7 @@ class _MaskedInverse(torch.autograd.Function):
         ctx: Any, y: Tensor, context: Tensor | None, network: MaskedNetwork, elementwise: Elementwise,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        kernels = _native.kernels_for(y)
-        assert kernels is not None
-        x, ladj = _solve(kernels, y, context, network, elementwise, parameters)
+        x, ladj = _solve(y, context, network, elementwise, _recorded(parameters, _arithmetic_dtype(y)))
         ctx.network, ctx.elementwise = network, elementwise
         ctx.save_for_backward(y, x, context, *parameters)
         return x.to(y.dtype), ladj
@@ -292,42 +297,39 @@ class _MaskedInverse(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _backward_through_passes(ctx, y, context, parameters, grad_x, grad_ladj)
         with torch.autocast(y.device.type, enabled=False):
-            return _backward(ctx, y, x, context, parameters, grad_x, grad_ladj)
+            return _backward(ctx, y, x, context, _recorded(parameters, x.dtype), grad_x, grad_ladj)
 
 
 def _backward(
-    ctx: Any, y: Tensor, x: Tensor, context: Tensor | None, parameters: Sequence[Tensor], grad_x: Tensor,
-    grad_ladj: Tensor,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    network, dtype = ctx.network, x.dtype
-    plan, kernels = plan_of(network, ctx.elementwise), _native.kernels_for(y)
+    ctx: Any, y: Tensor, x: Tensor, context: Tensor | None, tensors: Tensors, grad_x: Tensor, grad_ladj: Tensor
+) -> tuple[Tensor | None, ...]:
+    network, plan, kernels = ctx.network, plan_of(ctx.network, ctx.elementwise), _native.kernels_for(y)
     assert kernels is not None
-    values = network.evaluate(x, context, parameters, dtype)
+    values = network.evaluate(x, context, tensors)
     at = ctx.elementwise.derivatives(kernels, x, values[-1], grad_ladj)
-    a = -at.by_parameters / at.slope.unsqueeze(-1)
-    samples = [grad_x.to(dtype) - at.ladj_by_x, a.flatten(1), -at.ladj_by_parameters.flatten(1)]
+    # pbar = a xbar + b
+    a, b = -at.by_parameters / at.slope.unsqueeze(-1), -at.ladj_by_parameters
+    samples = [grad_x.to(x.dtype) - at.ladj_by_x, a.flatten(1), b.flatten(1)]
     for index, position in plan.slopes:
         of = [values[source] for source in network.nodes[index].sources]
-        samples.append(network.slope(index, position, of, parameters, dtype).expand(len(x), -1))
-    program = plan.code("backward", y.device)
-    weights = plan.weights("backward", parameters, dtype)
-    found = kernels.masked_backward(torch.cat(samples, 1), weights, *program, plan.programs["backward"].outputs)
+        samples.append(network.slope(index, position, of, tensors).expand(len(x), -1))
+    program, outputs = plan.code("backward", y.device), plan.programs["backward"].outputs
+    found = kernels.masked_backward(torch.cat(samples, 1), plan.weights("backward", tensors), *program, outputs)
     grad_y = (found[:, : network.features] / at.slope).to(y.dtype)
     if not any(ctx.needs_input_grad[1:]):
-        return grad_y, None, None, None, *(None for _ in parameters)
+        return grad_y, None, None, None, *(None for _ in tensors.own)
 
-    cotangents = {}
-    column = network.features
+    cotangents, column = {}, network.features
     for index in plan.reported:
         cotangents[index] = found[:, column : column + network.nodes[index].units]
         column += network.nodes[index].units
-    gradients, total = network.backward(values, cotangents, parameters, dtype, plan.placement.nodes)
+    gradients, total = network.backward(values, cotangents, tensors, plan.placement.nodes)
     grad_context = None
     if context is not None and ctx.needs_input_grad[1] and network.context in total:
         grad_context = total[network.context].to(context.dtype)
     of_parameters = [
         gradient.to(parameter.dtype) if gradient is not None and needed else None
-        for gradient, parameter, needed in zip(gradients, parameters, ctx.needs_input_grad[4:], strict=True)
+        for gradient, parameter, needed in zip(gradients, tensors.own, ctx.needs_input_grad[4:], strict=True)
     ]
     return grad_y, grad_context, None, None, *of_parameters
 
@@ -336,7 +338,7 @@ def _backward_through_passes(
     ctx: Any, y: Tensor, context: Tensor | None, parameters: Sequence[Tensor], grad_x: Tensor, grad_ladj: Tensor
 ) -> tuple[Tensor | None, ...]:
     """The gradient as a differentiable function, for second derivatives: that of the reference, at its cost."""
-    x, ladj = _passes(y, context, ctx.network, ctx.elementwise, parameters)
+    x, ladj = _passes(y, context, ctx.network, ctx.elementwise, Tensors(parameters, _arithmetic_dtype(y)))
     inputs = (y, context, None, None, *parameters)
     wanted = [each for each, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed and each is not None]
     found = iter(
@@ -373,10 +375,9 @@ def masked_inverse(
         TypeError: for a dtype that is not floating.
     """
     _check(y, network, context)
-    parameters = network.parameters()
-    kernels = _native.kernels_for(y)
-    if kernels is None:
-        return _passes(y, context, network, elementwise, parameters)
+    parameters, dtype = network.parameters(), _arithmetic_dtype(y)
+    if _native.kernels_for(y) is None:
+        return _passes(y, context, network, elementwise, Tensors(parameters, dtype))
     batch = y.shape[:-1]
     if y.dim() != 2:
         y = y.reshape(-1, network.features)
@@ -386,7 +387,7 @@ def masked_inverse(
             y, context, network, elementwise, *parameters
         )
     else:
-        x, ladj = _solve(kernels, y, context, network, elementwise, parameters)
+        x, ladj = _solve(y, context, network, elementwise, Tensors(parameters, dtype, keep=True))
         x = x.to(y.dtype)
     return x.reshape(*batch, network.features), ladj.reshape(batch)
 

@@ -7,29 +7,15 @@ constants of a sample.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-# In the order of `enum class Unit` in csrc/masked.h, with the default of the parameter where there is one.
-ACTIVATIONS: dict[str, float | None] = {
-    "relu": None,
-    "leaky_relu": 0.01,
-    "elu": 1.0,
-    "tanh": None,
-    "sigmoid": None,
-    "silu": None,
-    "gelu": None,
-    "gelu_tanh": None,
-    "softplus": 1.0,
-}
-
-_GELU_TANH = math.sqrt(2 / math.pi)
-_GELU_CUBIC = 0.044715
+from pygen import _native
+from pygen.ops.masked_units import ACTIVATIONS, activate, slope_of
 
 
 class Node(NamedTuple):
@@ -43,6 +29,21 @@ class Node(NamedTuple):
     parameter: float = 0.0  # of the activation; epsilon of the normalization
     layer: Any = None
     columns: tuple[int, int] = (0, 0)  # of the layer's weight that belong to the source
+
+
+class Tensors(NamedTuple):
+    """What the nodes of a network read, one tensor for each slot."""
+
+    own: Sequence[Tensor]
+    dtype: torch.dtype | None = None  # of the arithmetic, None for the tensors' own
+    keep: bool = False  # whether what is made of them may serve the next call
+
+    def at(self, slot: int) -> Tensor:
+        return self.own[slot] if self.dtype is None else self.own[slot].to(self.dtype)
+
+    def given(self, slot: int) -> Tensor | None:
+        """None for a slot of -1."""
+        return self.at(slot) if slot >= 0 else None
 
 
 class MaskedNetwork:
@@ -66,8 +67,8 @@ class MaskedNetwork:
     it is masked, `mask` of the weight's shape; masks must not change. What depends on what is read off the masks:
     any order of the inputs, any number of layers.
 
-    Without a gradient the masked weights are kept until a parameter changes, which its version counter tells. Writing
-    through `.data` goes around that counter: call `forget()` after it.
+    Where parameters get no gradient, their products with the masks are kept until one changes, which its version
+    counter tells. Writing through `.data` goes around that counter: call `forget()` after it.
     """
 
     x = 0
@@ -193,61 +194,50 @@ class MaskedNetwork:
 
     def __call__(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The outputs (n, outputs) for x (n, features) and context (n, context_features), differentiable."""
-        return cast(Tensor, self.evaluate(x, context, self.parameters())[-1])
+        own = self.parameters()
+        return cast(Tensor, self.evaluate(x, context, Tensors(own, keep=not _native.wants_gradient(*own)))[-1])
 
-    def evaluate(
-        self, x: Tensor | None, context: Tensor | None, parameters: Sequence[Tensor], dtype: torch.dtype | None = None
-    ) -> list[Tensor | None]:
-        """The value (n, units) of every node, with `parameters` in place of the layers' own.
-
-        x: None leaves out what depends on it.
-        dtype: of the arithmetic; None for that of the tensors.
-        """
-        if dtype is not None:
-            x, context = (None if each is None else each.to(dtype) for each in (x, context))
+    def evaluate(self, x: Tensor | None, context: Tensor | None, tensors: Tensors) -> list[Tensor | None]:
+        """The value (n, units) of every node. Without x, None for those that depend on it."""
+        if tensors.dtype is not None:
+            x, context = (None if each is None else each.to(tensors.dtype) for each in (x, context))
         values: list[Tensor | None] = []
         for index, node in enumerate(self.nodes):
             if node.kind in ("input", "context"):
                 values.append(x if node.kind == "input" else context)
                 continue
             of = [values[source] for source in node.sources]
-            values.append(None if any(each is None for each in of) else self._value(index, of, parameters, dtype))
+            values.append(None if any(each is None for each in of) else self._value(index, of, tensors))
         return values
 
-    def _value(self, index: int, of: Sequence[Any], parameters: Sequence[Tensor], dtype: torch.dtype | None) -> Tensor:
+    def _value(self, index: int, of: Sequence[Any], tensors: Tensors) -> Tensor:
         node = self.nodes[index]
         if node.kind == "linear":
-            bias = _at(parameters, node.slots[1], dtype)
-            return cast(Tensor, functional.linear(of[0], self.weight(index, parameters, dtype), bias))
+            return functional.linear(of[0], self.weight(index, tensors), tensors.given(node.slots[1]))
         if node.kind == "activation":
-            return activate(node, of[0])
+            return activate(node.name, node.parameter, of[0])
         if node.kind == "normalize":
-            scale, shift = affine_of(node, parameters, dtype)
+            scale, shift = affine_of(node, tensors)
             return cast(Tensor, of[0] * scale + shift)
         return cast(Tensor, of[0] + of[1] if node.kind == "add" else of[0] * of[1])
 
-    def weight(self, index: int, parameters: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
-        """W * M of a linear node, kept from call to call where no gradient is wanted."""
-        whole = parameters[self.nodes[index].slots[0]]
-        if torch.is_grad_enabled() and whole.requires_grad:
-            return self._multiply(index, whole, dtype)
+    def weight(self, index: int, tensors: Tensors) -> Tensor:
+        """weight * mask of a linear node."""
+        node = self.nodes[index]
+        columns, mask = slice(*node.columns), getattr(node.layer, "mask", None)
+
+        def multiply() -> Tensor:
+            weight = tensors.at(node.slots[0])[:, columns]
+            return weight if mask is None else weight * mask[:, columns].to(weight.dtype)
+
+        if not tensors.keep or torch.compiler.is_compiling():
+            return multiply()
         kept = self._masked.setdefault(index, Kept())
-        weight: Tensor = kept.get((whole,), dtype, lambda: self._multiply(index, whole, dtype))
+        weight: Tensor = kept.get(Tensors([tensors.own[node.slots[0]]], tensors.dtype, True), multiply)
         return weight
 
-    def _multiply(self, index: int, whole: Tensor, dtype: torch.dtype | None) -> Tensor:
-        columns = slice(*self.nodes[index].columns)
-        mask = getattr(self.nodes[index].layer, "mask", None)
-        weight: Tensor = whole[:, columns] if mask is None else whole[:, columns] * mask[:, columns]
-        return weight if dtype is None else weight.to(dtype)
-
     def backward(
-        self,
-        values: Sequence[Tensor],
-        cotangents: dict[int, Tensor],
-        parameters: Sequence[Tensor],
-        dtype: torch.dtype | None = None,
-        closed: Collection[int] = (),
+        self, values: Sequence[Tensor], cotangents: dict[int, Tensor], tensors: Tensors, closed: Collection[int] = ()
     ) -> tuple[list[Tensor | None], dict[int, Tensor]]:
         """The gradients of the parameters, and the cotangents of the nodes, for values from `evaluate`.
 
@@ -256,55 +246,48 @@ class MaskedNetwork:
         """
         total = dict(cotangents)
         gradients: list[Tensor | None] = [None] * len(self._slots)
-
-        def add_to(slot: int, gradient: Tensor) -> None:
-            known = gradients[slot]
-            gradients[slot] = gradient if known is None else known + gradient
-
         for index in reversed(range(len(self.nodes))):
             node = self.nodes[index]
             if index not in total or not node.sources:
                 continue
-            cotangent = total[index]
-            of = [values[source] for source in node.sources]
+            cotangent, of = total[index], [values[source] for source in node.sources]
             if node.kind == "linear":
-                gradient = cotangent.mT @ of[0]
-                mask = getattr(node.layer, "mask", None)
-                gradient = gradient if mask is None else gradient * mask[:, slice(*node.columns)]
-                margins = (node.columns[0], parameters[node.slots[0]].shape[1] - node.columns[1])
-                add_to(node.slots[0], functional.pad(gradient, margins) if any(margins) else gradient)
-                if node.slots[1] >= 0:
-                    add_to(node.slots[1], cotangent.sum(0))
+                found = self._linear_gradients(node, cotangent, of[0], tensors)
             elif node.kind == "normalize":
-                for slot, gradient in _normalize_gradients(node, cotangent, of[0], parameters, dtype):
-                    add_to(slot, gradient)
+                found = _normalize_gradients(node, cotangent, of[0], tensors)
+            else:
+                found = []
+            for slot, gradient in found:
+                known = gradients[slot]
+                gradients[slot] = gradient if known is None else known + gradient
             for position, source in enumerate(node.sources):
                 if source in closed:
                     continue
                 if node.kind == "linear":
-                    part = cotangent @ self.weight(index, parameters, dtype)
+                    part = cotangent @ self.weight(index, tensors)
                 else:
-                    slope = self.slope(index, position, of, parameters, dtype)
+                    slope = self.slope(index, position, of, tensors)
                     part = cotangent if slope is None else cotangent * slope
                 total[source] = total[source] + part if source in total else part
         return gradients, total
 
-    def slope(
-        self,
-        index: int,
-        position: int,
-        of: Sequence[Tensor],
-        parameters: Sequence[Tensor],
-        dtype: torch.dtype | None = None,
-    ) -> Tensor | None:
+    def _linear_gradients(self, node: Node, cotangent: Tensor, h: Tensor, tensors: Tensors) -> list[tuple[int, Tensor]]:
+        """(slot, gradient) of the weight and the bias of a linear node of h."""
+        gradient, mask = cotangent.mT @ h, getattr(node.layer, "mask", None)
+        gradient = gradient if mask is None else gradient * mask[:, slice(*node.columns)].to(gradient.dtype)
+        margins = (node.columns[0], tensors.own[node.slots[0]].shape[1] - node.columns[1])
+        found = [(node.slots[0], functional.pad(gradient, margins) if any(margins) else gradient)]
+        return found if node.slots[1] < 0 else [*found, (node.slots[1], cotangent.sum(0))]
+
+    def slope(self, index: int, position: int, of: Sequence[Tensor], tensors: Tensors) -> Tensor | None:
         """The derivative of an elementwise node by one of its sources, whose values are `of`; None where it is 1."""
         node = self.nodes[index]
         if node.kind == "activation":
-            return slope_of(node, of[0])
+            return slope_of(node.name, node.parameter, of[0])
         if node.kind == "multiply":
             return of[1 - position]
         if node.kind == "normalize":
-            return affine_of(node, parameters, dtype)[0]
+            return affine_of(node, tensors)[0]
         return None
 
 
@@ -313,100 +296,36 @@ class Kept:
 
     def __init__(self) -> None:
         self._key: Any = None
-        self._tensors: list[Tensor] = []
+        self._held: list[Tensor] = []
         self._value: Any = None
 
-    def get(self, tensors: Sequence[Tensor], dtype: torch.dtype | None, make: Callable[[], Any]) -> Any:
+    def get(self, tensors: Tensors, make: Callable[[], Any]) -> Any:
         # A tensor made in inference mode has no counter, and a tracer cannot read one.
-        if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
+        if not tensors.keep or torch.compiler.is_compiling() or any(each.is_inference() for each in tensors.own):
             return make()
-        key = (dtype, *((tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device) for tensor in tensors))
-        if key != self._key:
+        key = [(each.data_ptr(), each._version, each.dtype, each.device) for each in tensors.own]
+        if (tensors.dtype, key) != self._key:
             # What inference mode makes could not be used outside of it.
             with torch.inference_mode(False), torch.no_grad():
                 self._value = make()
             # While the old ones are held, no new tensor can have their address.
-            self._key, self._tensors = key, [tensor.detach() for tensor in tensors]
+            self._key, self._held = (tensors.dtype, key), [each.detach() for each in tensors.own]
         return self._value
 
 
-def _at(parameters: Sequence[Tensor], slot: int, dtype: torch.dtype | None) -> Tensor | None:
-    if slot < 0:
-        return None
-    return parameters[slot] if dtype is None else parameters[slot].to(dtype)
-
-
-def affine_of(node: Node, parameters: Sequence[Tensor], dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+def affine_of(node: Node, tensors: Tensors) -> tuple[Tensor, Tensor]:
     """The scale and the shift, (units,) each, of a normalization."""
-    mean, variance, gain, bias = (_at(parameters, slot, dtype) for slot in node.slots)
-    assert mean is not None
-    assert variance is not None
-    scale = (variance + node.parameter).rsqrt()
+    gain, bias = tensors.given(node.slots[2]), tensors.given(node.slots[3])
+    scale = (tensors.at(node.slots[1]) + node.parameter).rsqrt()
     scale = scale if gain is None else scale * gain
-    shift = -mean * scale
+    shift = -tensors.at(node.slots[0]) * scale
     return scale, shift if bias is None else shift + bias
 
 
-def _normalize_gradients(
-    node: Node, cotangent: Tensor, h: Tensor, parameters: Sequence[Tensor], dtype: torch.dtype | None
-) -> Iterator[tuple[int, Tensor]]:
+def _normalize_gradients(node: Node, cotangent: Tensor, h: Tensor, tensors: Tensors) -> list[tuple[int, Tensor]]:
     """(slot, gradient) of the statistics, the gain and the bias of a normalization of h."""
-    mean, variance, *_ = (_at(parameters, slot, dtype) for slot in node.slots)
-    assert mean is not None
-    assert variance is not None
-    scale, _ = affine_of(node, parameters, dtype)
-    inverse = (variance + node.parameter).rsqrt()
-    moved, total = (cotangent * (h - mean)).sum(0), cotangent.sum(0)
-    yield node.slots[0], -scale * total
-    yield node.slots[1], -0.5 * moved * scale * inverse.square()
-    if node.slots[2] >= 0:
-        yield node.slots[2], moved * inverse
-    if node.slots[3] >= 0:
-        yield node.slots[3], total
-
-
-def activate(node: Node, h: Tensor) -> Tensor:
-    """The value of an activation at h."""
-    name, parameter = node.name, node.parameter
-    if name == "relu":
-        return functional.relu(h)
-    if name == "leaky_relu":
-        return functional.leaky_relu(h, parameter)
-    if name == "elu":
-        return functional.elu(h, parameter)
-    if name == "tanh":
-        return h.tanh()
-    if name == "sigmoid":
-        return h.sigmoid()
-    if name == "silu":
-        return functional.silu(h)
-    if name == "gelu":
-        return functional.gelu(h)
-    if name == "gelu_tanh":
-        return functional.gelu(h, approximate="tanh")
-    return functional.softplus(h, parameter)
-
-
-def slope_of(node: Node, h: Tensor) -> Tensor:
-    """The derivative of an activation at h."""
-    name, parameter = node.name, node.parameter
-    if name == "relu":
-        return (h > 0).to(h.dtype)
-    if name == "leaky_relu":
-        return torch.where(h > 0, 1.0, parameter).to(h.dtype)
-    if name == "elu":
-        return torch.where(h > 0, 1.0, parameter * h.clamp_max(0).exp())
-    if name == "tanh":
-        return 1 - h.tanh().square()
-    if name == "sigmoid":
-        return h.sigmoid() * (-h).sigmoid()
-    if name == "silu":
-        gate = h.sigmoid()
-        return gate * (1 + h * (-h).sigmoid())
-    if name == "gelu":
-        density = (-0.5 * h.square()).exp() / math.sqrt(2 * math.pi)
-        return 0.5 * (1 + torch.erf(h / math.sqrt(2))) + h * density
-    if name == "gelu_tanh":
-        t = (_GELU_TANH * (h + _GELU_CUBIC * h**3)).tanh()
-        return 0.5 * (1 + t) + 0.5 * h * (1 - t.square()) * _GELU_TANH * (1 + 3 * _GELU_CUBIC * h.square())
-    return (parameter * h).sigmoid()
+    scale, _ = affine_of(node, tensors)
+    inverse = (tensors.at(node.slots[1]) + node.parameter).rsqrt()
+    moved, total = (cotangent * (h - tensors.at(node.slots[0]))).sum(0), cotangent.sum(0)
+    gradients = (-scale * total, -0.5 * moved * scale * inverse.square(), moved * inverse, total)
+    return [(slot, gradient) for slot, gradient in zip(node.slots, gradients, strict=True) if slot >= 0]

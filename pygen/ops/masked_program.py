@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pygen.ops.masked_network import ACTIVATIONS, Kept, MaskedNetwork, affine_of
+from pygen.ops.masked_network import Kept, MaskedNetwork, Tensors, affine_of
 from pygen.ops.masked_order import Booleans, Integers, Placement, mask_of
+from pygen.ops.masked_units import ACTIVATIONS
 
 # In the order of `enum class Kind` in csrc/masked.h.
 LINEAR, ACTIVATION, ADD, MULTIPLY, SCALE, TRANSFORM, ACCUMULATE, SOLVE, STORE = range(9)
@@ -46,12 +47,12 @@ class Program:
     outputs: int
     packings: Sequence[Packing]
 
-    def pack(self, network: MaskedNetwork, parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    def pack(self, network: MaskedNetwork, tensors: Tensors) -> Tensor:
         """The weights in the order in which the instructions read them."""
-        parts = [parameters[0].new_zeros(0, dtype=dtype)]
+        parts = [tensors.own[0].new_zeros(0, dtype=tensors.dtype)]
         for packing in self.packings:
-            weight = parameters[network.nodes[packing.node].slots[0]]
-            part = weight.reshape(-1).index_select(0, packing.index.to(weight.device)).to(dtype)
+            weight = tensors.own[network.nodes[packing.node].slots[0]]
+            part = weight.reshape(-1).index_select(0, packing.index.to(weight.device)).to(parts[0].dtype)
             parts.append(part.index_fill_(0, packing.forbidden.to(weight.device), 0.0))
         return torch.cat(parts)
 
@@ -186,6 +187,7 @@ class MaskedPlan:
             or any(source not in moving for source in network.nodes[index].sources)
         ]  # fmt: skip
         self._constants: dict[int, int] = {}  # the first constant of a node
+        self._orders = {index: torch.from_numpy(order) for index, order in self.placement.order.items()}
         self.programs = {"inverse": self._write_inverse(), "backward": self._write_backward()}
         self._weights = {name: Kept() for name in ("inverse", "backward")}
         self._constant_values = Kept()
@@ -205,33 +207,28 @@ class MaskedPlan:
             self._placed[name, device] = code.to(device)
         return code, self._placed[name, device]
 
-    def weights(self, name: str, parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """The packed weights of a program, kept until a parameter changes."""
-        program = self.programs[name]
-        kept: Tensor = self._weights[name].get(
-            parameters, dtype, lambda: program.pack(self.network, parameters, dtype)
-        )  # fmt: skip
-        return kept
+    def weights(self, name: str, tensors: Tensors) -> Tensor:
+        """The packed weights of a program."""
+        weights: Tensor = self._weights[name].get(tensors, lambda: self.programs[name].pack(self.network, tensors))
+        return weights
 
-    def constants(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    def constants(self, tensors: Tensors) -> Tensor:
         """Biases in the order of their rows, scales beside shifts, parameters of activations."""
-        kept: Tensor = self._constant_values.get(parameters, dtype, lambda: self._gather_constants(parameters, dtype))
-        return kept
+        constants: Tensor = self._constant_values.get(tensors, lambda: self._gather_constants(tensors))
+        return constants
 
-    def _gather_constants(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        like = parameters[0]
-        parts = [like.new_zeros(0, dtype=dtype)]
+    def _gather_constants(self, tensors: Tensors) -> Tensor:
+        parts = [tensors.own[0].new_zeros(0, dtype=tensors.dtype)]
         for index in self._constants:
             node = self.network.nodes[index]
-            order = torch.from_numpy(self.placement.order[index]).to(like.device)
+            order = self._orders[index].to(parts[0].device)
             if node.kind == "activation":
-                parts.append(like.new_full((1,), node.parameter, dtype=dtype))
+                parts.append(parts[0].new_full((1,), node.parameter))
             elif node.kind == "normalize":
-                parts.append(torch.stack(affine_of(node, parameters, dtype), 1)[order].reshape(-1))
-            elif node.slots[1] >= 0:
-                parts.append(parameters[node.slots[1]].to(dtype)[order])
+                parts.append(torch.stack(affine_of(node, tensors), 1)[order].reshape(-1))
             else:
-                parts.append(like.new_zeros(node.units, dtype=dtype))
+                bias = tensors.given(node.slots[1])
+                parts.append(parts[0].new_zeros(node.units) if bias is None else bias[order])
         return torch.cat(parts)
 
     def _write_inverse(self) -> Program:
