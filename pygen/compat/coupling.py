@@ -27,11 +27,11 @@ def couple(
     kept, moved = x[:, layer.identity_features], x[:, layer.transform_features]
     alone = layer.unconditional_transform
     ladj_kept: Tensor | None = None
-    seen = kept
-    if alone is not None:
-        kept, ladj_kept = alone.inverse(kept, context) if inverse else alone(kept, context)
-        seen = kept if inverse else seen
-    moved, ladj = elementwise(layer, moved, layer.transform_net(seen, context), inverse)
+    if inverse and alone is not None:
+        kept, ladj_kept = alone.inverse(kept, context)
+    moved, ladj = elementwise(layer, moved, layer.transform_net(kept, context), inverse)
+    if not inverse and alone is not None:
+        kept, ladj_kept = alone(kept, context)
     if ladj_kept is not None:
         ladj = ladj + ladj_kept
     y = torch.empty_like(x)

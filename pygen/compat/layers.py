@@ -17,11 +17,13 @@ from pygen.compat.handle import Changes, Handle, qualified_name
 
 # Class of the library -> its stand-in. (For the type checker the libraries have no types.)
 Layers = Mapping[Any, Any]
-# Why a layer stays as it is; None where it need not, or where nobody would expect it to change.
+# Why a layer, or its inverse, stays as it is; None where it need not, or where nobody would expect it to change.
 Reason = Callable[[nn.Module], str | None]
 
 
-def convert(model: nn.Module, library: str, layers: Layers, reason_to_leave: Reason) -> Handle:
+def convert(
+    model: nn.Module, library: str, layers: Layers, reason_to_leave: Reason, reason_to_leave_inverse: Reason
+) -> Handle:
     """Change the layers of one model; the handle lists them by their paths in it.
 
     TypeError: `model` is not an `nn.Module`.
@@ -34,6 +36,9 @@ def convert(model: nn.Module, library: str, layers: Layers, reason_to_leave: Rea
         if reason is not None:
             changes.report_left(qualified_name(type(layer)), reason, path)
         elif type(layer) in layers:
+            reason = reason_to_leave_inverse(layer)
+            if reason is not None:
+                changes.report_left(f"{qualified_name(type(layer))}.inverse", reason, path)
             changes.swap_class(layer, layers[type(layer)], path)
     return Handle.of(f"pygen.compat.{library}.convert", changes)
 

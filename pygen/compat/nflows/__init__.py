@@ -21,11 +21,11 @@ from nflows.transforms import splines as nflows_splines  # noqa: E402
 
 from pygen.compat import layers  # noqa: E402
 from pygen.compat.handle import Changes, Handle, Patch  # noqa: E402
-from pygen.compat.nflows import cdf, coupling, linear, splines  # noqa: E402
+from pygen.compat.nflows import autoregressive, cdf, coupling, linear, splines  # noqa: E402
 
 __all__ = ["convert", "patch"]
 
-_LAYERS: layers.Layers = {**coupling.LAYERS, **cdf.LAYERS, **linear.LAYERS}
+_LAYERS: layers.Layers = {**coupling.LAYERS, **cdf.LAYERS, **autoregressive.LAYERS, **linear.LAYERS}
 # They hold transforms, and compute nothing of their own.
 _CONTAINERS = (base.CompositeTransform, base.MultiscaleCompositeTransform, base.InverseTransform)
 
@@ -40,17 +40,16 @@ def convert(model: nn.Module) -> Handle:
 
     Returns the handle that lists the layers and puts their classes back. TypeError: `model` is not an `nn.Module`.
     """
-    return layers.convert(model, "nflows", _LAYERS, _reason_to_leave)
+    return layers.convert(model, "nflows", _LAYERS, _reason_to_leave, autoregressive.sweeps.why_not)
 
 
 def _reason_to_leave(layer: nn.Module) -> str | None:
     if not isinstance(layer, base.Transform) or isinstance(layer, _CONTAINERS):
         return None
     if type(layer) in _LAYERS:
-        bins = getattr(layer, "num_bins", None)
-        tails = getattr(layer, "tails", None)
+        bins, tails = splines.bins_of(layer), getattr(layer, "tails", None)
         if bins is not None and not splines.served(bins, tails):
-            return f"{bins} bins and tails {tails!r}: pygen's splines have 2 to 128 bins, and no or linear tails here"
+            return f"{bins} bins and tails {tails!r}: pygen has 2 to 128 bins, and for nflows linear tails or none"
         return None
     if type(layer) in _LAYERS.values():
         return "already a layer of pygen's"

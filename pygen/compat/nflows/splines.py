@@ -28,6 +28,12 @@ def served(bins: int, tails: str | None) -> bool:
     return bins in _BINS and tails in (None, "linear")
 
 
+def bins_of(layer: Any) -> int | None:
+    """How many bins a spline layer has; None for other layers."""
+    parameters = getattr(layer, "unnormalized_pdf", getattr(layer, "unnormalized_widths", None))
+    return getattr(layer, "num_bins", None) if parameters is None else int(parameters.shape[-1])
+
+
 def check_inside(inputs: Tensor, left: float, right: float) -> None:
     """Raise nflows' InputOutsideDomain where a spline without tails has an input outside, in either direction."""
     if inputs.numel():
@@ -49,10 +55,11 @@ def through(
     spline: Spline, layer: Any, x: Tensor, parameters: Tensor | Sequence[Tensor], inverse: bool, **options: Any
 ) -> Result:
     """x (n, ...) through an operator, with the tails and the bound of a layer of nflows -> y like x, ladj (n,)."""
-    if layer.tails is None:
+    tails = getattr(layer, "tails", None)
+    if tails is None:
         check_inside(x, 0.0, 1.0)
     else:
-        options = {"tails": layer.tails, "domain": (-layer.tail_bound, layer.tail_bound), **options}
+        options = {"tails": tails, "domain": (-layer.tail_bound, layer.tail_bound), **options}
     return spline(x, parameters, inverse=inverse, event_dims=x.dim() - 1, **options)
 
 

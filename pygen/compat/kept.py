@@ -1,0 +1,73 @@
+"""Results that follow from a layer's tensors, kept from call to call while these stay as they are.
+
+What follows from parameters is kept in evaluation on the CPU: where a gradient is wanted, on other devices and under a
+tracer it is made anew each time, as the libraries do.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+_PROBED = 64  # elements of a tensor
+
+Value = TypeVar("Value")
+
+
+class _Entry(NamedTuple):
+    key: tuple[Any, ...]
+    tensors: list[Tensor]
+    value: Any
+
+
+class Kept(Generic[Value]):
+    """One value for each layer, made of parameters, and forgotten with the layer."""
+
+    def __init__(self) -> None:
+        self._entries: weakref.WeakKeyDictionary[nn.Module, _Entry] = weakref.WeakKeyDictionary()
+
+    def get(self, layer: nn.Module, tensors: Sequence[Tensor], make: Callable[[], Value]) -> Value:
+        """`make()`, or what it returned last time for this layer, if none of the tensors has changed since."""
+        if not can_keep(tensors) or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+            return make()
+        return self._get(layer, (versions(tensors), *map(probe, tensors)), tensors, make)
+
+    def get_of_buffers(self, layer: nn.Module, tensors: Sequence[Tensor], make: Callable[[], Value]) -> Value:
+        """The same, on any device, for tensors that change only when a state is loaded, such as masks."""
+        return self._get(layer, versions(tensors), tensors, make)
+
+    def _get(
+        self, layer: nn.Module, key: tuple[Any, ...], tensors: Sequence[Tensor], make: Callable[[], Value]
+    ) -> Value:
+        entry = self._entries.get(layer)
+        if entry is None or entry.key != key:
+            # What inference mode makes could not be used outside of it. The old tensors are held, so that no new one
+            # can have their address.
+            with torch.inference_mode(False), torch.no_grad():
+                entry = _Entry(key, [tensor.detach() for tensor in tensors], make())
+            self._entries[layer] = entry
+        value: Value = entry.value
+        return value
+
+
+def can_keep(tensors: Sequence[Tensor]) -> bool:
+    """Whether a change of one of these parameters would be seen."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return all(tensor.device.type == "cpu" and not tensor.is_inference() for tensor in tensors)
+
+
+def versions(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What changes when a tensor is written to or replaced."""
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.shape) for t in tensors)
+
+
+def probe(tensor: Tensor) -> float:
+    """The sum of a few elements. Writing through `.data`, as averaging of weights often does, does not move a tensor's
+    version: this tells of it."""
+    flat = tensor.detach().flatten()
+    return float(flat[:: max(1, len(flat) // _PROBED)].sum())
