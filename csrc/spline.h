@@ -264,11 +264,11 @@ PYGEN_INLINE BinGradient<T> bin_gradient(const Bin<T>& bin, T value, const Range
 // Rows 0 .. K-1 of e^(v - max v), v = scale u bounded by the parametrization, and their sum. exps may be u itself.
 template <Parametrization P, int L, class T>
 PYGEN_INLINE void exponentials(const T* u, const SplineOptions<T>& options, T* exps, T* total) {
-  T peak[L];
+  T peak[L], lost[L];
   PYGEN_LANES
   for (int l = 0; l < L; ++l) {
     peak[l] = -std::numeric_limits<T>::infinity();
-    total[l] = T(0);
+    total[l] = lost[l] = T(0);
   }
   for (int j = 0; j < options.bins; ++j) {
     PYGEN_LANES
@@ -284,7 +284,10 @@ PYGEN_INLINE void exponentials(const T* u, const SplineOptions<T>& options, T* e
     for (int l = 0; l < L; ++l) {
       const T e = scalar::exp(exps[j * L + l] - peak[l]);
       exps[j * L + l] = e;
-      total[l] += e;
+      // Kahan's compensated sum, because the total scales every knot.
+      const T more = e - lost[l], sum = total[l] + more;
+      lost[l] = (sum - total[l]) - more;
+      total[l] = sum;
     }
   }
 }

@@ -273,7 +273,9 @@ def rational_quadratic_spline(
     Returns:
         The transformed tensor, with x's shape and dtype, contiguous, and ladj (*batch) in nats of the direction taken,
         float32 (float64 for float64 x). Arithmetic is in float32 (float64 for float64). NaN in gives NaN in that
-        element and row only; any finite x and parameters up to 1e6 give finite results and gradients.
+        element and row only; any finite x and parameters up to 1e6 give finite results and gradients. In float32 the
+        inverse finds x back within 5e-7 / min(1, dy/dx) of the domain: 1e-5 for parameters of ordinary size, less where
+        they make bins so flat that y's own rounding hides x.
 
     Raises:
         ValueError: for parameters whose number or shape does not fit, bins outside 2 .. 128, minimum sizes that leave
