@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import zuko.bayesian
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from zuko.transforms import (
@@ -303,8 +303,13 @@ def _observe(flow: nn.Module, x: Tensor, c: Tensor | None, weights: Tensor) -> l
     return [log_prob, samples, log_q, flow(c).rsample((2,)), *gradients, *of_samples]
 
 
+# The two ways in are tested by turns, and each flow by a few: they share the kernels that are tested above.
+FEW = settings(max_examples=max(6, settings().max_examples // 5))
+
+
 @pytest.mark.parametrize("how", ["convert", "patch"])
 @pytest.mark.parametrize("name", FLOWS)
+@FEW
 @given(seed=st.integers(0, 2**31), d=st.integers(2, 7), c=st.integers(0, 3), dtype=st.sampled_from(DTYPES))
 def test_flows_agree(how: str, name: str, seed: int, d: int, c: int, dtype: torch.dtype) -> None:
     torch.manual_seed(seed)
@@ -316,6 +321,126 @@ def test_flows_agree(how: str, name: str, seed: int, d: int, c: int, dtype: torc
     with _replace(how, flow):
         agree(_observe(flow, x, context, weights), expected, scale=100)
     assert all(map(torch.equal, _observe(flow, x, context, weights), expected))
+
+
+@st.composite
+def orders(draw: Callable[..., Any]) -> dict[str, Any]:
+    """An order in as many passes, or a graph, of the features, and of the context."""
+    d, c = draw(st.integers(2, 8)), draw(st.integers(0, 3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    hidden = draw(st.lists(st.sampled_from((1, 5, 16)), max_size=3).map(tuple))
+    options: dict[str, Any] = {"features": d, "context": c, "hidden_features": hidden}
+    if draw(st.booleans()):
+        options |= {"order": torch.randperm(d, generator=generator), "passes": draw(st.integers(1, d))}
+    else:
+        rank = torch.randperm(d, generator=generator)
+        graph = (rank[:, None] > rank) & (torch.rand(d, d, generator=generator) < 0.6)
+        wide = torch.cat((graph | torch.eye(d, dtype=torch.bool), torch.rand(d, c, generator=generator) < 0.5), 1)
+        options["adjacency"] = wide if draw(st.booleans()) else wide[:, :d]
+    return options
+
+
+@FEW
+@given(options=orders(), residual=st.booleans(), spline=st.booleans(), seed=st.integers(0, 2**31))
+def test_any_order_is_inverted_in_one_sweep(options: Any, residual: bool, spline: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    univariate = {"univariate": MonotonicRQSTransform, "shapes": [(4,), (4,), (3,)]} if spline else {}
+    try:
+        layer = zuko.flows.MaskedAutoregressiveTransform(**options, **univariate, residual=residual).double()
+    except ValueError:  # A graph, or a single pass, that leaves the network without an input.
+        return
+    y = torch.randn(2, 3, options["features"], dtype=torch.float64)
+    c = torch.randn(3, options["context"], dtype=torch.float64) if options["context"] else None
+    leaves = list(layer.parameters())
+
+    def observe() -> list[Tensor]:
+        x, ladj = layer(c).inv.call_and_ladj(y)
+        gradients = torch.autograd.grad(
+            x.square().sum() + ladj.sum(), leaves, allow_unused=True, materialize_grads=True
+        )  # fmt: skip
+        return [x, ladj, layer(c).inv(y), *gradients]
+
+    expected = observe()
+    with convert(layer), _no_passes(layer):
+        agree(observe(), expected, scale=10)
+
+
+class _no_passes:
+    """Inside, the hyper network of a layer may not be called."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+
+    def __enter__(self) -> None:
+        self._meta = type(self._layer).meta
+
+        def refuse(*_: Any) -> None:
+            raise AssertionError("the inverse took a pass")
+
+        type(self._layer).meta = refuse
+
+    def __exit__(self, *_: object) -> None:
+        type(self._layer).meta = self._meta
+
+
+def test_the_sweep_sees_every_change_of_the_network() -> None:
+    flow, other = (zuko.flows.MAF(5, transforms=1, randperm=True, hidden_features=(300, 300)) for _ in range(2))
+    layer = flow.transform.transforms[0]
+    z = torch.randn(3, 5)
+
+    def load() -> None:
+        flow.load_state_dict(other.state_dict())  # other masks, too
+
+    def train() -> None:
+        optimizer = torch.optim.SGD(flow.parameters(), 0.1)
+        flow().log_prob(z).sum().backward()
+        optimizer.step()
+
+    def write() -> None:
+        for parameter in flow.parameters():
+            parameter.data.mul_(0.5)
+
+    def activate() -> None:
+        layer.hyper[1] = nn.Tanh()
+
+    def hook() -> None:
+        layer.hyper[0].register_forward_hook(lambda part, inputs, output: output + 1)
+
+    def override() -> None:
+        layer.hyper[2].forward = lambda h: 2 * h
+
+    with torch.no_grad():
+        for change in (lambda: None, load, write, activate, hook, override):
+            change()
+            expected = [flow().transform.inv(z), flow().log_prob(z)]
+            with convert(flow):
+                agree([flow().transform.inv(z), flow().log_prob(z)], expected)
+    train()
+    expected = [flow().transform.inv(z)]
+    with convert(flow):
+        agree([flow().transform.inv(z)], expected)
+
+
+@pytest.mark.parametrize(
+    "make, reason",
+    [
+        (lambda: zuko.flows.NCSF(3), "its passes stay: the sweep does not know circular splines"),
+        (
+            lambda: zuko.flows.MAF(3, activation=nn.Softsign),
+            "its passes stay: its activation Softsign() is not one of pygen's",
+        ),
+    ],
+)
+def test_an_inverse_without_a_sweep_takes_zukos_passes_and_is_named(make: Callable[..., Any], reason: str) -> None:
+    flow = make()
+    torch.manual_seed(0)
+    expected = flow().rsample_and_log_prob((4,))
+    handle = convert(flow)
+    assert {line.reason for line in handle.left} == {reason}
+    torch.manual_seed(0)
+    agree(flow().rsample_and_log_prob((4,)), expected)
+    handle.undo()
+    assert type(flow.transform.transforms[0]) is zuko.flows.MaskedAutoregressiveTransform
 
 
 @pytest.mark.parametrize("how", ["convert", "patch"])

@@ -19,7 +19,7 @@ require("zuko")
 
 import zuko  # noqa: E402
 
-from pygen.compat.zuko import lazy, transforms  # noqa: E402
+from pygen.compat.zuko import autoregressive, lazy, transforms, univariate  # noqa: E402
 
 __all__ = ["convert", "patch"]
 
@@ -54,19 +54,24 @@ def convert(flow: nn.Module) -> Handle:
     Raises:
         TypeError: `flow` is not a module.
     """
-    return layers.convert(flow, "zuko", {**_LAYERS, **_UNCONDITIONAL}, _reason_to_leave)
+    return layers.convert(flow, "zuko", {**_LAYERS, **_UNCONDITIONAL}, _reason_to_leave, _reason_to_leave_inverse)
 
 
 def _reason_to_leave(layer: nn.Module) -> str | None:
     if type(layer) in _LAYERS:
-        return lazy.reason_to_leave(layer)
+        return univariate.reason_to_leave(layer)
     if type(layer) is zuko.lazy.UnconditionalTransform:
         return lazy.reason_to_leave_unconditional(layer)
     if isinstance(layer, zuko.lazy.LazyTransform) and not isinstance(layer, _CONTAINERS):
-        stand_ins = (*_LAYERS.values(), *_UNCONDITIONAL.values())
-        if type(layer) in stand_ins:
-            return None
+        if type(layer) in (*_LAYERS.values(), *_UNCONDITIONAL.values()):
+            return "already a layer of pygen's"
         return layers.changed_by_subclass(layer, _LAYERS) or f"no kernel for {type(layer).__name__}"
+    return None
+
+
+def _reason_to_leave_inverse(layer: nn.Module) -> str | None:
+    if type(layer) is zuko.flows.MaskedAutoregressiveTransform:
+        return autoregressive.why_no_sweep(layer)
     return None
 
 

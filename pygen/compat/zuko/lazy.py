@@ -6,83 +6,26 @@ apart, and y with the sum of the log-determinant over D comes from one pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from math import pi
 from typing import Any
 
 import torch
 import zuko
 from torch import Tensor
 from torch.distributions import Transform
-from zuko.flows.spline import CircularRQSTransform
 from zuko.utils import broadcast, unpack
 
-from pygen.compat.zuko.transforms import (
-    STAND_INS,
-    CouplingTransform,
-    DependentTransform,
-    MonotonicAffineTransform,
-    MonotonicRQSTransform,
-    are_splines,
-    is_slope,
-)
-
-# phi (*, D, P) -> the univariate transform of D elements
-Univariate = Callable[[Tensor], Transform]
-
-
-def univariate_of(layer: Any) -> Univariate | None:
-    """What makes the layer's univariate transform from packed parameters; None where there is no kernel for it."""
-    function: Any = layer.univariate
-    constants: dict[str, Any] = {}
-    if type(function) is partial and not function.args:
-        function, constants = function.func, function.keywords
-    shapes = [tuple(shape) for shape in layer.shapes]
-    if function is zuko.transforms.MonotonicAffineTransform:
-        served = shapes == [(), ()] and constants.keys() <= {"slope"} and is_slope(**constants)
-        return partial(MonotonicAffineTransform.packed, **constants) if served else None
-    if function is zuko.transforms.MonotonicRQSTransform:
-        served = constants.keys() <= {"bound", "slope"} and are_splines(shapes, **constants)
-        return partial(MonotonicRQSTransform.packed, **constants) if served else None
-    if function is CircularRQSTransform:
-        served = constants.keys() <= {"slope"} and are_splines(shapes, **constants)
-        return partial(_circular, **constants) if served else None
-    return None
-
-
-def _circular(phi: Tensor, **constants: float) -> Transform:
-    shift = zuko.transforms.CircularShiftTransform(bound=pi)
-    circular: Transform = zuko.transforms.ComposedTransform(
-        shift, MonotonicRQSTransform.packed(phi, bound=pi, **constants)
-    )
-    return circular
-
-
-def reason_to_leave(layer: Any) -> str | None:
-    """Why a layer stays zuko's: there is no kernel for its univariate transform. None where there is."""
-    if univariate_of(layer) is not None:
-        return None
-    function = layer.univariate
-    while type(function) is partial:
-        function = function.func
-    name = getattr(function, "__name__", type(function).__name__)
-    shapes = ", ".join(str(tuple(shape)) for shape in layer.shapes)
-    return f"no kernel for the univariate transform {name} of parameters {shapes}"
+from pygen.compat.zuko.autoregressive import AutoregressiveTransform, phi_of
+from pygen.compat.zuko.transforms import STAND_INS, CouplingTransform, DependentTransform
+from pygen.compat.zuko.univariate import univariate_of
 
 
 def _transform(layer: Any, phi: Tensor) -> Transform:
-    """The transform of the D elements of the layer from phi (*, D, P)."""
+    """The transform of D elements from phi (*, D P), P parameters side by side for each."""
+    phi = phi.unflatten(-1, (-1, layer.total))
     univariate = univariate_of(layer)
-    base = layer.univariate(*unpack(phi, layer.shapes)) if univariate is None else univariate(phi)
+    base = layer.univariate(*unpack(phi, layer.shapes)) if univariate is None else univariate.make(phi)
     return DependentTransform(base, 1)
-
-
-def _conditional(layer: Any, c: Tensor | None, x: Tensor) -> Transform:
-    """zuko's `meta`: the transform that the hyper network makes of x and the context."""
-    if c is not None:
-        x = torch.cat(broadcast(x, c, ignore=1), dim=-1)
-    return _transform(layer, layer.hyper(x).unflatten(-1, (-1, layer.total)))
 
 
 class ElementWiseTransform(zuko.flows.ElementWiseTransform):
@@ -91,22 +34,27 @@ class ElementWiseTransform(zuko.flows.ElementWiseTransform):
     def forward(self, c: Tensor | None = None) -> Transform:
         if c is None:
             # A copy: an optimizer's step does not move a transform that is in use.
-            return _transform(self, torch.cat([part.reshape(len(part), -1) for part in self.phi], -1))
-        return _transform(self, self.hyper(c).unflatten(-1, (-1, self.total)))
+            return _transform(self, torch.cat([part.reshape(len(part), -1) for part in self.phi], -1).flatten())
+        return _transform(self, self.hyper(c))
 
 
 class MaskedAutoregressiveTransform(zuko.flows.MaskedAutoregressiveTransform):
-    """`zuko.flows.MaskedAutoregressiveTransform` through the kernels."""
+    """`zuko.flows.MaskedAutoregressiveTransform` through the kernels, its inverse in one sweep."""
 
     def meta(self, c: Tensor | None, x: Tensor) -> Transform:
-        return _conditional(self, c, x)
+        return _transform(self, phi_of(self, x, c))
+
+    def forward(self, c: Tensor | None = None) -> Transform:
+        return AutoregressiveTransform(self, c)
 
 
 class GeneralCouplingTransform(zuko.flows.GeneralCouplingTransform):
     """`zuko.flows.GeneralCouplingTransform` through the kernels."""
 
     def meta(self, c: Tensor | None, x: Tensor) -> Transform:
-        return _conditional(self, c, x)
+        if c is not None:
+            x = torch.cat(broadcast(x, c, ignore=1), dim=-1)
+        return _transform(self, self.hyper(x))
 
     def forward(self, c: Tensor | None = None) -> Transform:
         return CouplingTransform(partial(self.meta, c), self.mask)
