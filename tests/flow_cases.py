@@ -38,4 +38,5 @@ SMALL_RECIPES: dict[str, dict[str, object]] = {
     "realnvp": {"couplings": 2, "width": 4},
     "nice": {"couplings": 2, "width": 8, "layers": 2},
     "glow": {"scales": 2, "steps": 2, "width": 4},
+    "nsf": {"layers": 2, "hidden": 8, "blocks": 1, "bins": 4},
 }

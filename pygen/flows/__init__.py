@@ -12,6 +12,7 @@ from pygen.flows.coupling import (
 from pygen.flows.flow import Flow
 from pygen.flows.glow import Glow, GlowConfig
 from pygen.flows.linear import InvertibleLinear
+from pygen.flows.neural_spline import NeuralSplineFlow, NeuralSplineFlowConfig, neural_spline_flow
 from pygen.flows.nice import NICE, NICEConfig
 from pygen.flows.normalization import ActNorm
 from pygen.flows.permutation import Permutation
@@ -43,6 +44,8 @@ __all__ = [
     "MetaBlock",
     "MixtureCoupling",
     "NICEConfig",
+    "NeuralSplineFlow",
+    "NeuralSplineFlowConfig",
     "Permutation",
     "PictureFlow",
     "PictureFlowConfig",
@@ -59,4 +62,5 @@ __all__ = [
     "TarFlowConfig",
     "Transform",
     "Uniform",
+    "neural_spline_flow",
 ]

@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from pygen import ops
 from pygen.flows.base import StandardLogistic
 from pygen.flows.coupling import AdditiveCoupling
-from pygen.flows.flow import Flow
 from pygen.flows.permutation import Permutation
-from pygen.flows.pictures import Logit, PictureFlow, PictureFlowConfig
-from pygen.flows.reshape import Flatten
-from pygen.flows.transform import Inverse, Transform
+from pygen.flows.pictures import PictureFlow, PictureFlowConfig, flat_flow
+from pygen.flows.transform import Inverse, Stack, Transform
 from pygen.nn.dense import MLP
 
 
@@ -49,9 +47,7 @@ class NICE(PictureFlow):
 
     def __init__(self, config: NICEConfig | None = None) -> None:
         config = config or NICEConfig()
-        flatten = Flatten(config.shape)
-        transforms = [Logit(config.margin), flatten, *_layers(config), Inverse(flatten)]
-        super().__init__(config, Flow(transforms, StandardLogistic(config.shape), memory=config.memory))
+        super().__init__(config, flat_flow(config, Stack(_layers(config)), StandardLogistic(config.shape)))
 
 
 def _layers(config: NICEConfig) -> Iterator[Transform]:

@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pygen import ops
+from pygen.flows.base import Base
 from pygen.flows.flow import Flow
 from pygen.flows.memory import MODES
-from pygen.flows.transform import Transform
+from pygen.flows.reshape import Flatten
+from pygen.flows.transform import Inverse, Transform
 from pygen.model import Density, GenerativeModel, ModelConfig, Stage, refuse_steps
 
 
@@ -159,6 +161,12 @@ class PictureFlow(GenerativeModel):
     def _picture(self, v: Tensor) -> Tensor:
         top = self.config.levels - 1
         return self.dequantize((v * self.config.levels).floor().clamp(0, top))
+
+
+def flat_flow(config: PictureFlowConfig, transform: Transform, base: Base) -> Flow:
+    """A flow of pictures by a transform of vectors (n, values); base: of the picture's shape."""
+    flatten = Flatten(config.shape)
+    return Flow([Logit(config.margin), flatten, transform, Inverse(flatten)], base, memory=config.memory)
 
 
 class Logit(Transform):

@@ -78,6 +78,15 @@ FAMILIES: dict[str, dict[str, Recipe]] = {
             training=TrainingConfig(steps=1200, batch_size=64, learning_rate=3e-3, betas=(0.9, 0.999), warmup=50),
             changes={"scales": 2, "steps": 8, "width": 64, "margin": 0.05},
         ),
+        "nsf": Recipe(
+            module="pygen.flows",
+            model="NeuralSplineFlow",
+            config="NeuralSplineFlowConfig",
+            training=TrainingConfig(
+                steps=1200, batch_size=128, learning_rate=4e-3, betas=(0.9, 0.99), weight_decay=0.3, warmup=50
+            ),
+            changes={"layers": 5, "hidden": 128, "blocks": 1, "dropout": 0.5},
+        ),
     },
     "diffusion": {
         "ddpm": Recipe(

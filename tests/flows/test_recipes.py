@@ -188,6 +188,10 @@ def test_bad_settings_of_every_recipe_are_named(recipe, name):
     [
         ("nice", {"couplings": 0}, "couplings is 0"),
         ("nice", {"shape": (1, 1, 1)}, r"shape is \(1, 1, 1\), but expected at least two values"),
+        ("nsf", {"bins": 1}, "bins is 1, but expected at least 2"),
+        ("nsf", {"bound": 0.0}, "bound is 0.0"),
+        ("nsf", {"dropout": 1.0}, "dropout is 1.0"),
+        ("nsf", {"shape": (1, 1, 1)}, r"shape is \(1, 1, 1\), but expected at least two values"),
         ("glow", {"steps": 0}, "steps is 0"),
         ("glow", {"width": 0}, "width is 0"),
         ("glow", {"scales": 4}, r"shape is \(1, 4, 4\) with scales 4, but expected .* divisible by 16"),
