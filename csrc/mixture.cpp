@@ -52,9 +52,11 @@ template <class T>
 struct Sums {
   T below_peak[kLanes], above_peak[kLanes], density_peak[kLanes];
   T below[kLanes], above[kLanes], density[kLanes];
+  T over_below[kLanes], over_above[kLanes];
   T rate[kLanes], turn[kLanes];
 
   PYGEN_INLINE Exponents<T> peak(int64_t i) const { return {below_peak[i], above_peak[i], density_peak[i]}; }
+  PYGEN_INLINE Peaks<T> peaks(int64_t i) const { return {peak(i), over_below[i], over_above[i]}; }
   PYGEN_INLINE Terms<T> terms(int64_t i) const { return {below[i], above[i], density[i]}; }
 };
 
@@ -64,7 +66,6 @@ PYGEN_CLONES void sum_rows(const T* __restrict x, const Planes<T> planes, int64_
                            Sums<T>& __restrict sums) {
   const T* __restrict const logit = planes.logit;
   const T* __restrict const mean = planes.mean;
-  const T* __restrict const log_scale = planes.log_scale;
   const T* __restrict const inverse_scale = planes.inverse_scale;
   T* __restrict const z_array = planes.z;
   for (int64_t i = 0; i < kLanes; ++i) {
@@ -83,12 +84,17 @@ PYGEN_CLONES void sum_rows(const T* __restrict x, const Planes<T> planes, int64_
       sums.density_peak[i] = larger(sums.density_peak[i], own.density);
     }
   }
+#pragma omp simd
+  for (int64_t i = 0; i < kLanes; ++i) {
+    sums.over_below[i] = peak_ratio(sums.density_peak[i], sums.below_peak[i]);
+    sums.over_above[i] = peak_ratio(sums.density_peak[i], sums.above_peak[i]);
+  }
   for (int64_t k = 0; k < components; ++k) {
 #pragma omp simd
     for (int64_t i = 0; i < kLanes; ++i) {
       const int64_t at = k * kLanes + i;
       const Sigmoids<T> sigmoid = both_sigmoids(z_array[at]);
-      const Terms<T> terms = component_terms(logit[at], z_array[at], log_scale[at], sigmoid.larger, sums.peak(i));
+      const Terms<T> terms = component_terms(logit[at], z_array[at], inverse_scale[at], sigmoid.larger, sums.peaks(i));
       sums.below[i] += terms.below;
       sums.above[i] += terms.above;
       sums.density[i] += terms.density;
@@ -160,10 +166,11 @@ PYGEN_CLONES bool advance_rows(const T* __restrict target, const Sums<T>& __rest
 #pragma omp simd reduction(+ : open)
   for (int64_t i = 0; i < kLanes; ++i) {
     const Curve<T> curve = mixture_curve(sums.terms(i), sums.peak(i));
-    const Bend<T> bend = mixture_bend(curve, sums.density[i], sums.rate[i], sums.turn[i]);
+    const Bend<T> bend =
+        mixture_bend(curve.log_over_below, curve.log_over_above, sums.density[i], sums.rate[i], sums.turn[i]);
     const Search<T> next = advance<T>(
         {searches.x[i], searches.low[i], searches.high[i], searches.step[i], searches.ladj[i], searches.open[i]},
-        target[i], curve, bend);
+        target[i], curve.y, curve.log_slope, bend.derivative, bend.bound);
     searches.x[i] = next.x;
     searches.low[i] = next.low;
     searches.high[i] = next.high;
@@ -197,7 +204,8 @@ PYGEN_CLONES void upstream_rows(const Sums<T>& __restrict sums, T* __restrict gr
     const Curve<T> curve = mixture_curve(sums.terms(i), sums.peak(i));
     y[i] = curve.y;
     if constexpr (kInverse) {
-      const Bend<T> bend = mixture_bend(curve, sums.density[i], sums.rate[i], sums.turn[i]);
+      const Bend<T> bend =
+          mixture_bend(curve.log_over_below, curve.log_over_above, sums.density[i], sums.rate[i], sums.turn[i]);
       grad_input[i] = implicit_gradient(grad_output[i], grad_ladj[i], curve.log_slope, bend.derivative);
       grad_output[i] = -grad_input[i];
       grad_ladj[i] = -grad_ladj[i];

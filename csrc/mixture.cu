@@ -105,7 +105,7 @@ struct Element {
 
 template <class T>
 struct Sum {
-  Exponents<T> peak;
+  Peaks<T> peak;
   Terms<T> terms;
   T rate, turn;
 };
@@ -113,18 +113,22 @@ struct Sum {
 template <bool kBend, class T>
 __device__ __forceinline__ Sum<T> sum_components(const Element<T>& element, T x) {
   constexpr T kLowest = -std::numeric_limits<T>::infinity();
-  Sum<T> sum{{kLowest, kLowest, kLowest}, {T(0), T(0), T(0)}, T(0), T(0)};
+  Exponents<T> peak{kLowest, kLowest, kLowest};
   for (int k = 0; k < element.components; ++k) {
     const T z = (x - element.mean[k]) * element.inverse_scale(k);
     const Exponents<T> own = component_exponents(element.logit[k], z);
-    sum.peak.below = larger(sum.peak.below, own.below);
-    sum.peak.above = larger(sum.peak.above, own.above);
-    sum.peak.density = larger(sum.peak.density, own.density);
+    peak.below = larger(peak.below, own.below);
+    peak.above = larger(peak.above, own.above);
+    peak.density = larger(peak.density, own.density);
   }
+  Sum<T> sum{{peak, peak_ratio(peak.density, peak.below), peak_ratio(peak.density, peak.above)},
+             {T(0), T(0), T(0)},
+             T(0),
+             T(0)};
   for (int k = 0; k < element.components; ++k) {
     const T inverse_scale = element.inverse_scale(k), z = (x - element.mean[k]) * inverse_scale;
     const Sigmoids<T> sigmoid = both_sigmoids(z);
-    const Terms<T> terms = component_terms(element.logit[k], z, element.log_scale[k], sigmoid.larger, sum.peak);
+    const Terms<T> terms = component_terms(element.logit[k], z, inverse_scale, sigmoid.larger, sum.peak);
     sum.terms.below += terms.below;
     sum.terms.above += terms.above;
     sum.terms.density += terms.density;
@@ -157,8 +161,10 @@ __device__ __forceinline__ Search<T> solve(const Element<T>& element, T target) 
   Search<T> search = begin_search(element, target);
   for (int step = 0; step < kMaxSteps && search.open != T(0); ++step) {
     const Sum<T> sum = sum_components<true>(element, search.x);
-    const Curve<T> curve = mixture_curve(sum.terms, sum.peak);
-    search = advance(search, target, curve, mixture_bend(curve, sum.terms.density, sum.rate, sum.turn));
+    const Curve<T> curve = mixture_curve(sum.terms, sum.peak.exponent);
+    const Bend<T> bend =
+        mixture_bend(curve.log_over_below, curve.log_over_above, sum.terms.density, sum.rate, sum.turn);
+    search = advance(search, target, curve.y, curve.log_slope, bend.derivative, bend.bound);
   }
   return search;
 }
@@ -178,7 +184,7 @@ __global__ void __launch_bounds__(kMostElements) mixture_kernel(MixtureArguments
     arguments.slopes[at] = search.ladj;
   } else {
     const Sum<T> sum = sum_components<false>(element, value);
-    const Curve<T> curve = mixture_curve(sum.terms, sum.peak);
+    const Curve<T> curve = mixture_curve(sum.terms, sum.peak.exponent);
     store(arguments.y, at, curve.y);
     arguments.slopes[at] = curve.log_slope;
   }
@@ -188,11 +194,12 @@ __global__ void __launch_bounds__(kMostElements) mixture_kernel(MixtureArguments
 template <bool kInverse, class T>
 __device__ __forceinline__ T element_backward(const Element<T>& element, T x, T grad_output, T grad_ladj) {
   const Sum<T> sum = sum_components<kInverse>(element, x);
-  const Curve<T> curve = mixture_curve(sum.terms, sum.peak);
+  const Curve<T> curve = mixture_curve(sum.terms, sum.peak.exponent);
   T grad_input = 0;
   Upstream<T> upstream{grad_output, grad_ladj};
   if constexpr (kInverse) {
-    const Bend<T> bend = mixture_bend(curve, sum.terms.density, sum.rate, sum.turn);
+    const Bend<T> bend =
+        mixture_bend(curve.log_over_below, curve.log_over_above, sum.terms.density, sum.rate, sum.turn);
     grad_input = implicit_gradient(grad_output, grad_ladj, curve.log_slope, bend.derivative);
     upstream = {-grad_input, -grad_ladj};
   }
@@ -202,7 +209,7 @@ __device__ __forceinline__ T element_backward(const Element<T>& element, T x, T 
     const T log_scale = element.log_scale[k], inverse_scale = element.inverse_scale(k);
     const T z = (x - element.mean[k]) * inverse_scale;
     const Sigmoids<T> sigmoid = both_sigmoids(z);
-    const Terms<T> terms = component_terms(element.logit[k], z, log_scale, sigmoid.larger, sum.peak);
+    const Terms<T> terms = component_terms(element.logit[k], z, inverse_scale, sigmoid.larger, sum.peak);
     const ComponentGradient<T> gradient =
         component_gradient<T>({terms.below * over.below, terms.above * over.above, terms.density * over.density}, z,
                               log_scale, inverse_scale, sigmoid, sigmoid_y.positive, sigmoid_y.negative, upstream);

@@ -12,15 +12,16 @@ namespace pygen {
 
 constexpr int64_t kMaxComponents = 128;
 
-// LIMIT of pygen/ops/mixture.py: of log scales, and of the log slope that a step or a gradient divides by.
-constexpr double kMixtureLimit = 60;
+// As in pygen/ops/mixture.py: of log scales, and of the log slope that a step or a gradient divides by.
+constexpr double kLogScaleLimit = 30;
+constexpr double kLogSlopeLimit = 60;
 
 // A bisection at every other step would reach neighbouring numbers within this many.
 constexpr int kMaxSteps = 128;
 
 template <class T>
 PYGEN_INLINE T bounded_log_scale(T log_scale) {
-  return scalar::at_least(scalar::at_most(log_scale, T(kMixtureLimit)), T(-kMixtureLimit));
+  return scalar::at_least(scalar::at_most(log_scale, T(kLogScaleLimit)), T(-kLogScaleLimit));
 }
 
 // A NaN does not replace the largest value: it shows in the sum.
@@ -55,17 +56,33 @@ PYGEN_INLINE Sigmoids<T> both_sigmoids(T z) {
   return {z < T(0) ? small : large, z < T(0) ? large : small, large, scalar::with_sign_of(large - small, z)};
 }
 
+// The largest exponents, and what e^{largest of f} is over those of F and of 1 - F: at most 1.
+template <class T>
+struct Peaks {
+  Exponents<T> exponent;
+  T over_below, over_above;
+};
+
+template <class T>
+PYGEN_INLINE T peak_ratio(T density, T other) {
+  return scalar::exp(density - other);
+}
+
 // A component's parts of F, of 1 - F and of f, each over e^peak.
 template <class T>
 struct Terms {
   T below, above, density;
 };
 
+// On the side where z lies, F or 1 - F has the exponent of f, so two exponentials make three terms. Log scales within
+// kLogScaleLimit cannot lift a part of f that underflows here to where it would count.
 template <class T>
-PYGEN_INLINE Terms<T> component_terms(T logit, T z, T log_scale, T larger_sigmoid, Exponents<T> peak) {
-  const Exponents<T> own = component_exponents(logit, z);
-  return {larger_sigmoid * scalar::exp(own.below - peak.below), larger_sigmoid * scalar::exp(own.above - peak.above),
-          larger_sigmoid * larger_sigmoid * scalar::exp((own.density - peak.density) - log_scale)};
+PYGEN_INLINE Terms<T> component_terms(T logit, T z, T inverse_scale, T larger_sigmoid, Peaks<T> peak) {
+  const bool negative = z < T(0);
+  const T near = larger_sigmoid * scalar::exp((logit - scalar::abs(z)) - peak.exponent.density);
+  const T far = larger_sigmoid * scalar::exp(logit - scalar::pick(negative, peak.exponent.above, peak.exponent.below));
+  return {scalar::pick(negative, near * peak.over_below, far), scalar::pick(negative, far, near * peak.over_above),
+          larger_sigmoid * near * inverse_scale};
 }
 
 // y, log dy/dx and f / F, f / (1 - F), from the sums of the terms.
@@ -92,10 +109,11 @@ struct Bend {
   T derivative, bound;
 };
 
-// rate and turn: the sums of the density terms times e^{-s}, and times e^{-s} (sigmoid(z) - sigmoid(-z)).
+// From the logarithms of f / F and f / (1 - F); rate and turn: the sums of the density terms times e^{-s}, and times
+// e^{-s} (sigmoid(z) - sigmoid(-z)).
 template <class T>
-PYGEN_INLINE Bend<T> mixture_bend(Curve<T> curve, T density, T rate, T turn) {
-  const T over_below = scalar::exp(curve.log_over_below), over_above = scalar::exp(curve.log_over_above);
+PYGEN_INLINE Bend<T> mixture_bend(T log_over_below, T log_over_above, T density, T rate, T turn) {
+  const T over_below = scalar::exp(log_over_below), over_above = scalar::exp(log_over_above);
   return {over_above - over_below - turn / density, over_above + over_below + rate / density};
 }
 
@@ -105,32 +123,32 @@ struct Search {
   T x, low, high, step, ladj, open;
 };
 
-// From the curve at search.x to the next x. Halley's step, unless it leaves the bracket or is not shrinking: then the
-// middle of the bracket. Once a step is so short that the next would change nothing, it is the last, and ladj is taken
-// along it.
+// From the curve at search.x, and how its log slope bends, to the next x. Halley's step, unless it leaves the bracket
+// or is not shrinking: then the middle of the bracket. Once a step is so short that the next would change nothing, it
+// is the last, and ladj is taken along it.
 template <class T>
-PYGEN_INLINE Search<T> advance(Search<T> search, T target, Curve<T> curve, Bend<T> bend) {
-  const T excess = curve.y - target;
-  const T low = excess <= T(0) ? search.x : search.low, high = excess >= T(0) ? search.x : search.high;
-  const T newton = -excess * scalar::exp(scalar::at_most(-curve.log_slope, T(kMixtureLimit)));
-  const T curved = T(1) + T(0.5) * newton * bend.derivative;
-  const T step = newton / scalar::at_most(scalar::at_least(curved, T(0.5)), T(2));
-  const T relative = bend.bound * newton;
+PYGEN_INLINE Search<T> advance(Search<T> search, T target, T y, T log_slope, T bend, T bend_bound) {
+  using scalar::pick;
+  const T excess = y - target;
+  const T low = pick(excess <= T(0), search.x, search.low), high = pick(excess >= T(0), search.x, search.high);
+  const T newton = -excess * scalar::exp(scalar::at_most(-log_slope, T(kLogSlopeLimit)));
+  const T curved = T(1) + T(0.5) * newton * bend;
+  const T step = newton / pick(curved < T(0.5), T(0.5), pick(curved > T(2), T(2), curved)), reached = search.x + step;
+  const T relative = bend_bound * newton;
   const bool last = relative * relative <= std::numeric_limits<T>::epsilon();
   const T middle = low + T(0.5) * (high - low);
-  const bool useful = search.x + step > low && search.x + step < high && scalar::abs(step) <= T(0.5) * search.step;
+  const bool useful = (reached > low) & (reached < high) & (scalar::abs(step) <= T(0.5) * search.step);
   // No number is left between low and high: x is one of the two.
-  const bool exhausted = !last && !useful && (middle <= low || middle >= high);
-  T next = useful ? search.x + step : middle;
-  next = last ? scalar::at_most(scalar::at_least(search.x + step, low), high) : next;
-  next = exhausted ? search.x : next;
+  const bool exhausted = !last & !useful & ((middle <= low) | (middle >= high));
   const bool invalid = excess != excess;
-  next = invalid ? excess : next;
-  const T ladj = -(curve.log_slope + (last ? bend.derivative * step : T(0)));
+  const T inside = pick(reached < low, low, pick(reached > high, high, reached));
+  const T moved = pick(last, inside, pick(exhausted, search.x, pick(useful, reached, middle)));
+  const T next = pick(invalid, excess, moved);
+  const T ladj = -(log_slope + pick(last, bend * step, T(0)));
   const bool closed = search.open == T(0);
-  return {closed ? search.x : next,    closed ? search.low : low,
-          closed ? search.high : high, closed ? search.step : scalar::abs(next - search.x),
-          closed ? search.ladj : ladj, closed || last || exhausted || invalid ? T(0) : T(1)};
+  return {pick(closed, search.x, next),    pick(closed, search.low, low),
+          pick(closed, search.high, high), pick(closed, search.step, scalar::abs(next - search.x)),
+          pick(closed, search.ladj, ladj), pick(closed | last | exhausted | invalid, T(0), T(1))};
 }
 
 // Gradients with respect to y and log dy/dx as functions of x and the parameters.
@@ -142,7 +160,7 @@ struct Upstream {
 // The inverse is dx = (dy - y_theta dtheta) / y_x, and its ladj is -log_slope at x; first its gradient of y.
 template <class T>
 PYGEN_INLINE T implicit_gradient(T grad_x, T grad_ladj, T log_slope, T bend) {
-  return (grad_x - grad_ladj * bend) * scalar::exp(scalar::at_most(-log_slope, T(kMixtureLimit)));
+  return (grad_x - grad_ladj * bend) * scalar::exp(scalar::at_most(-log_slope, T(kLogSlopeLimit)));
 }
 
 template <class T>
@@ -163,7 +181,7 @@ PYGEN_INLINE ComponentGradient<T> component_gradient(Terms<T> share, T z, T log_
   const T logit = share.below * (grad.y - grad.log_slope * sigmoid_minus_y) -
                   share.above * (grad.y + grad.log_slope * sigmoid_y) + grad.log_slope * share.density;
   const T log_scale_gradient = -(z * grad_z + grad.log_slope * share.density);
-  return {logit, -inverse_scale * grad_z, scalar::abs(log_scale) < T(kMixtureLimit) ? log_scale_gradient : T(0)};
+  return {logit, -inverse_scale * grad_z, scalar::abs(log_scale) < T(kLogScaleLimit) ? log_scale_gradient : T(0)};
 }
 
 }  // namespace pygen

@@ -17,9 +17,10 @@ from torch.nn.functional import logsigmoid
 from pygen import _native
 
 MAX_COMPONENTS = 128
-# Log scales, and the log slope that the gradient of the inverse divides by, count as this much where they are further
-# from zero: their products stay within float32.
-LIMIT = 60.0
+# Log scales count as this much where they are further from zero.
+LOG_SCALE_LIMIT = 30.0
+# dx/dy counts as e to this where it is larger, in gradients of the inverse: products with it stay within float32.
+LOG_SLOPE_LIMIT = 60.0
 
 _NAMES = ("logits", "means", "log_scales")
 _PER_COMPONENT = len(_NAMES)
@@ -33,7 +34,7 @@ def _arithmetic_dtype(x: Tensor) -> torch.dtype:
 def _split(parts: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, means and log scales, each (..., K)."""
     logits, means, log_scales = parts[0].chunk(_PER_COMPONENT, -1) if len(parts) == 1 else parts
-    return logits.to(dtype), means.to(dtype), log_scales.to(dtype).clamp(-LIMIT, LIMIT)
+    return logits.to(dtype), means.to(dtype), log_scales.to(dtype).clamp(-LOG_SCALE_LIMIT, LOG_SCALE_LIMIT)
 
 
 def _evaluate(x: Tensor, logits: Tensor, means: Tensor, log_scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,7 +79,7 @@ def _transform(x: Tensor, parts: Sequence[Tensor], inverse: bool, event_dims: in
     # second and third.
     for _ in range(2):
         y, ladj = _evaluate(solution, *mixture)
-        step = (value - y) * (-ladj).clamp(max=LIMIT).exp()
+        step = (value - y) * (-ladj).clamp(max=LOG_SLOPE_LIMIT).exp()
         solution = solution + (step - step.detach())
     _, ladj = _evaluate(solution, *mixture)
     return solution.to(x.dtype), _sum(-ladj, event_dims)
@@ -123,7 +124,7 @@ def _backward_reference(
         return torch.autograd.grad((y, ladj), leaves, (grad, spread), create_graph=True)
     # dx = (dy - y_theta dtheta) / y_x, and the log-determinant is minus that of the forward direction at x.
     (bend,) = torch.autograd.grad(ladj, leaves[0], torch.ones_like(ladj), create_graph=True)
-    grad_input = (grad - spread * bend.to(dtype)) * (-ladj).clamp(max=LIMIT).exp()
+    grad_input = (grad - spread * bend.to(dtype)) * (-ladj).clamp(max=LOG_SLOPE_LIMIT).exp()
     grads = torch.autograd.grad((y, ladj), leaves[1:], (-grad_input, -spread), create_graph=True)
     return grad_input.to(x.dtype), *grads
 
@@ -177,7 +178,7 @@ def logistic_mixture(
         The transformed tensor, with x's shape and dtype, contiguous, and ladj (*batch) in nats of the direction taken,
         float32 (float64 for float64 x). Arithmetic is in float32 (float64 for float64). NaN in gives NaN in that
         element and row only. Both tails are exact to rounding, and finite x and parameters give finite results and
-        gradients wherever |x - mu| e^{-s} is finite. Log scales beyond +-60 count as +-60, and have no gradient there.
+        gradients wherever |x - mu| e^{-s} is finite. Log scales beyond +-30 count as +-30, and have no gradient there.
 
     Raises:
         ValueError: for parameters whose number or shape does not fit, components outside 1 .. 128, or event_dims
