@@ -72,8 +72,11 @@ class _Univariate(Transform):
             setattr(self, each, vars(peer)[each])
         return vars(self)[name]
 
-    def evaluate(self, x: Tensor, *, inverse: bool = False, event_dims: int = 0) -> tuple[Tensor, Tensor]:
-        """The value and the ladj, summed over the last `event_dims` dimensions, of x and the parameters broadcast."""
+    def evaluate(self, x: Tensor, *, inverse: bool = False, event_dims: int | None = 0) -> tuple[Tensor, Tensor]:
+        """The value, and the ladj summed over the last `event_dims` dimensions, of x and the parameters broadcast.
+
+        event_dims: None for all of them, where only the value is wanted.
+        """
         raise NotImplementedError
 
     @property
@@ -81,10 +84,10 @@ class _Univariate(Transform):
         return UnivariateInverse(self)
 
     def _call(self, x: Tensor) -> Tensor:
-        return self.evaluate(x)[0]
+        return self.evaluate(x, event_dims=None)[0]
 
     def _inverse(self, y: Tensor) -> Tensor:
-        return self.evaluate(y, inverse=True)[0]
+        return self.evaluate(y, inverse=True, event_dims=None)[0]
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         return self.evaluate(x)[1]
@@ -120,14 +123,21 @@ class MonotonicAffineTransform(_Univariate, zuko.transforms.MonotonicAffineTrans
         """Whether the kernel takes these arguments of the constructor."""
         return _are_floating(shift, scale) and is_slope(slope)
 
-    def evaluate(self, x: Tensor, *, inverse: bool = False, event_dims: int = 0) -> tuple[Tensor, Tensor]:
+    def evaluate(self, x: Tensor, *, inverse: bool = False, event_dims: int | None = 0) -> tuple[Tensor, Tensor]:
         shift, scale = self._unconstrained
         x = _meet(x, (shift, scale), shift.shape, scale.shape)
         y, ladj = ops.affine(
-            x, scale, shift, activation="softclip", limit=-math.log(self._constants["slope"]), event_dims=event_dims,
-            inverse=inverse,
+            x, scale, shift, activation="softclip", limit=-math.log(self._constants["slope"]),
+            event_dims=event_dims or x.dim(), inverse=inverse,
         )  # fmt: skip
+        if event_dims == 0:
+            # There is nothing to sum, and x has no part in it.
+            return y, (-self.log_scale if inverse else self.log_scale).expand(y.shape)
         return y, ladj.to(y.dtype)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        ladj: Tensor = self.log_scale
+        return ladj.expand(torch.broadcast_shapes(x.shape, ladj.shape))
 
 
 class MonotonicRQSTransform(_Univariate, zuko.transforms.MonotonicRQSTransform):
@@ -174,13 +184,14 @@ class MonotonicRQSTransform(_Univariate, zuko.transforms.MonotonicRQSTransform):
         widths, heights, derivatives = self._unconstrained[0].split((self.bins, self.bins, self.bins - 1), -1)
         return widths, heights, derivatives
 
-    def evaluate(self, x: Tensor, *, inverse: bool = False, event_dims: int = 0) -> tuple[Tensor, Tensor]:
+    def evaluate(self, x: Tensor, *, inverse: bool = False, event_dims: int | None = 0) -> tuple[Tensor, Tensor]:
         parts = self._unconstrained
         x = _meet(x, parts, *(part.shape[:-1] for part in parts))
         bound = self._constants["bound"]
         y, ladj = ops.rational_quadratic_spline(
             x, parts[0] if len(parts) == 1 else parts, inverse=inverse, tails="linear", domain=(-bound, bound),
-            parametrization="softclip", slope=self._constants["slope"], event_dims=event_dims,
+            parametrization="softclip", slope=self._constants["slope"],
+            event_dims=x.dim() if event_dims is None else event_dims,
         )  # fmt: skip
         return y, ladj.to(y.dtype)
 
