@@ -23,23 +23,26 @@ Booleans = NDArray[np.bool_]
 BLOCK_ROWS = 48
 
 
-def mask_of(network: MaskedNetwork, index: int) -> Booleans:
-    """(units, sources) of a linear node: which weights count."""
-    node = network.nodes[index]
-    mask = getattr(node.layer, "mask", None)
-    if mask is None:
-        return np.ones((node.units, network.nodes[node.sources[0]].units), np.bool_)
-    whole: Booleans = (mask.detach() != 0).cpu().numpy()
-    return whole[:, slice(*node.columns)]
+def masks_of(network: MaskedNetwork) -> dict[int, Booleans]:
+    """For each linear node (units, sources): which weights count."""
+    masks: dict[int, Booleans] = {}
+    for index, node in enumerate(network.nodes):
+        if node.kind == "linear":
+            mask = getattr(node.layer, "mask", None)
+            if mask is None:
+                masks[index] = np.ones((node.units, network.nodes[node.sources[0]].units), np.bool_)
+            else:
+                masks[index] = (mask.detach()[:, slice(*node.columns)] != 0).cpu().numpy()
+    return masks
 
 
-def dependencies(network: MaskedNetwork) -> dict[int, Booleans]:
+def dependencies(network: MaskedNetwork, masks: dict[int, Booleans]) -> dict[int, Booleans]:
     """For each node that x has a part in, (units, features): which inputs a unit depends on."""
     reached: dict[int, Booleans] = {0: np.eye(network.features, dtype=np.bool_)}
     for index, node in enumerate(network.nodes):
         known = [reached[source] for source in node.sources if source in reached]
         if known and node.kind == "linear":
-            paths = torch.from_numpy(mask_of(network, index)).float() @ torch.from_numpy(known[0]).float()
+            paths = torch.from_numpy(masks[index]).float() @ torch.from_numpy(known[0]).float()
             reached[index] = (paths > 0).numpy()
         elif known:
             reached[index] = np.logical_or.reduce(known)
@@ -90,7 +93,8 @@ class Placement:
                 f"network has {network.outputs} outputs for {network.features} features, but expected {per_input} for "
                 "each feature"
             )
-        reached = dependencies(network)
+        self.masks = masks_of(network)
+        reached = dependencies(network, self.masks)
         self.output = len(network.nodes) - 1
         if self.output not in reached or self.output == 0:
             raise ValueError("the last node of network does not depend on x, but expected the parameters of the map")

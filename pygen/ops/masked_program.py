@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pygen.ops.masked_network import Kept, MaskedNetwork, Tensors, affine_of
-from pygen.ops.masked_order import Booleans, Integers, Placement, mask_of
+from pygen.ops.masked_order import Integers, Placement
 from pygen.ops.masked_units import ACTIVATIONS
 
 # In the order of `enum class Kind` in csrc/masked.h.
@@ -69,7 +69,6 @@ class _Writer:
         self._stages: list[tuple[int, int, int]] = []
         self._operands: list[Integers] = []
         self._operand_count = 0
-        self._masks: dict[int, Booleans] = {}
         self._products: dict[int, list[Instruction]] = {}  # of each linear node
         self._indices: dict[int, list[Integers]] = {}  # of the weights that they read
 
@@ -93,9 +92,7 @@ class _Writer:
         if not transposed:
             to, of = of, to
         units, inputs = self.placement.order[to][begin:end], self.placement.order[of][low:high]
-        if node not in self._masks:
-            self._masks[node] = mask_of(self.network, node)
-        mask = self._masks[node]
+        mask = self.placement.masks[node]
         if not (mask[np.ix_(inputs, units)] if transposed else mask[np.ix_(units, inputs)]).any():
             if start == CONTINUE:
                 return
@@ -147,7 +144,7 @@ class _Writer:
                 total += instruction[2] * instruction[4]
             index = np.concatenate(self._indices[node])
             units, columns = np.divmod(index, self.network.nodes[node].layer.weight.shape[1])
-            allowed = self._masks[node][units, columns - self.network.nodes[node].columns[0]]
+            allowed = self.placement.masks[node][units, columns - self.network.nodes[node].columns[0]]
             small = index.astype(np.int32) if index.max(initial=0) < 2**31 else index
             packings.append(Packing(node, torch.from_numpy(small), torch.from_numpy(np.flatnonzero(~allowed))))
         header = [len(self._stages), len(self._instructions), self._operand_count, self.placement.rows, outputs]
