@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from nflows.transforms import nonlinearities
 from torch import Tensor
 
@@ -97,4 +98,5 @@ def _shared(
 ) -> Result:
     if not served(parameters[0].shape[-1], layer.tails):
         return layer._spline(x, inverse)  # type: ignore[no-any-return]
-    return through(spline, layer, x, parameters if len(parameters) > 1 else parameters[0], inverse, **options)
+    packed = torch.cat(parameters, -1) if len(parameters) > 1 else parameters[0]
+    return through(spline, layer, x, packed, inverse, **options)

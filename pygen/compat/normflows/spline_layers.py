@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from normflows.flows.neural_spline import coupling
 from torch import Tensor
 
@@ -69,4 +70,4 @@ def _shared(layer: Any, x: Tensor, inverse: bool) -> Result:
     parameters = (layer.unnormalized_widths, layer.unnormalized_heights, layer.unnormalized_derivatives)
     if not served(parameters[0].shape[-1], layer.tails):
         return layer._spline(x, inverse)  # type: ignore[no-any-return]
-    return through(x, parameters, inverse=inverse, event_dims=x.dim() - 1, **of_layer(layer))
+    return through(x, torch.cat(parameters, -1), inverse=inverse, event_dims=x.dim() - 1, **of_layer(layer))
