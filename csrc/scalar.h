@@ -6,6 +6,7 @@
 // and denormals follow the C functions, except that sigmoid flushes results below 2^-126 to zero.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -15,6 +16,14 @@
 #define PYGEN_INLINE __host__ __device__ __forceinline__
 #else
 #define PYGEN_INLINE inline __attribute__((always_inline))
+#endif
+
+// Before a loop over elements taken together, the CPU's vector lanes: they are independent, also where results
+// overwrite what they are computed from.
+#if defined(__CUDACC__)
+#define PYGEN_LANES
+#else
+#define PYGEN_LANES _Pragma("omp simd")
 #endif
 
 // One clone of a row function per instruction set, chosen by the dynamic loader. GCC knows the x86-64 levels from
@@ -63,6 +72,24 @@ PYGEN_INLINE float at_most(float x, float high) { return x > high ? high : x; }
 PYGEN_INLINE float at_least(float x, float low) { return x < low ? low : x; }
 PYGEN_INLINE double at_most(double x, double high) { return x > high ? high : x; }
 PYGEN_INLINE double at_least(double x, double low) { return x < low ? low : x; }
+
+// first ? a : b in a loop over memory. As a conditional expression GCC makes it a branch around the loads, and the loop
+// stays scalar.
+#if defined(__CUDACC__)
+template <class T>
+PYGEN_INLINE T pick(bool first, T a, T b) {
+  return first ? a : b;
+}
+#else
+PYGEN_INLINE float pick(bool first, float a, float b) {
+  const uint32_t mask = 0u - static_cast<uint32_t>(first);
+  return float_of((bits_of(a) & mask) | (bits_of(b) & ~mask));
+}
+PYGEN_INLINE double pick(bool first, double a, double b) {
+  const uint64_t mask = uint64_t{0} - static_cast<uint64_t>(first);
+  return std::bit_cast<double>((std::bit_cast<uint64_t>(a) & mask) | (std::bit_cast<uint64_t>(b) & ~mask));
+}
+#endif
 
 PYGEN_INLINE float abs(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
 PYGEN_INLINE double abs(double x) { return ::fabs(x); }

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pygen.ops.sampling import sample_logits, sample_logits_reference
     from pygen.ops.schedule import diffusion_step, diffusion_step_reference
     from pygen.ops.spline import rational_quadratic_spline, rational_quadratic_spline_reference
+    from pygen.ops.wavelet import haar, haar_reference, squeeze, squeeze_reference
 
 _FAMILY_OF = {
     "MaskedAffine": "masked",
@@ -39,6 +40,8 @@ _FAMILY_OF = {
     "cubic_spline_reference": "piecewise",
     "diffusion_step": "schedule",
     "diffusion_step_reference": "schedule",
+    "haar": "wavelet",
+    "haar_reference": "wavelet",
     "linear_spline": "piecewise",
     "linear_spline_reference": "piecewise",
     "logistic_mixture": "mixture",
@@ -52,6 +55,8 @@ _FAMILY_OF = {
     "rational_quadratic_spline_reference": "spline",
     "sample_logits": "sampling",
     "sample_logits_reference": "sampling",
+    "squeeze": "wavelet",
+    "squeeze_reference": "wavelet",
     "uniform": "noise",
     "uniform_reference": "noise",
 }
@@ -60,16 +65,21 @@ _FAMILY_OF = {
 OPERATORS = {
     "affine": ("affine_forward", "affine_inverse", "affine_backward"),
     "attend_cached": ("attend_cached",),
+    "cubic_spline": ("piecewise_spline_forward", "piecewise_spline_inverse", "piecewise_spline_backward"),
     "diffusion_step": ("diffusion_step", "diffusion_step_denoised", "diffusion_step_backward"),
+    "haar": ("wavelet_forward", "wavelet_inverse"),
+    "linear_spline": ("piecewise_spline_forward", "piecewise_spline_inverse", "piecewise_spline_backward"),
     "logistic_mixture": ("logistic_mixture_forward", "logistic_mixture_inverse", "logistic_mixture_backward"),
     "masked_inverse": ("masked_affine_inverse", "masked_spline_inverse", "masked_backward"),
     "noise": ("noise",),
+    "quadratic_spline": ("piecewise_spline_forward", "piecewise_spline_inverse", "piecewise_spline_backward"),
     "rational_quadratic_spline": (
         "rational_quadratic_spline_forward",
         "rational_quadratic_spline_inverse",
         "rational_quadratic_spline_backward",
     ),
     "sample_logits": ("sample_logits",),
+    "squeeze": ("wavelet_forward", "wavelet_inverse"),
     "uniform": ("noise",),
 }
 
@@ -86,6 +96,8 @@ __all__ = [
     "cubic_spline_reference",
     "diffusion_step",
     "diffusion_step_reference",
+    "haar",
+    "haar_reference",
     "linear_spline",
     "linear_spline_reference",
     "logistic_mixture",
@@ -100,6 +112,8 @@ __all__ = [
     "rational_quadratic_spline_reference",
     "sample_logits",
     "sample_logits_reference",
+    "squeeze",
+    "squeeze_reference",
     "uniform",
     "uniform_reference",
 ]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pygen import _native
 from pygen.ops.piecewise_reference import Spline, arithmetic_dtype, counts, evaluate
 
 MIN_BINS, MAX_BINS = 2, 128
@@ -42,6 +43,84 @@ def cubic_spline_reference(
 ) -> tuple[Tensor, Tensor]:
     """`cubic_spline` in plain PyTorch: its specification, its fallback, and the oracle of its tests."""
     return evaluate(x, *_settle(3, x, parameters, **options), inverse)
+
+
+@_native.register_fake("piecewise_spline_forward")
+@_native.register_fake("piecewise_spline_inverse")
+def _fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    ladj = x.new_empty(x.shape[: x.dim() - arguments[-1]], dtype=arithmetic_dtype(x))
+    return torch.empty_like(x, memory_format=torch.contiguous_format), ladj
+
+
+@_native.register_fake("piecewise_spline_backward")
+def _backward_fake(x: Tensor, parameters: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
+    dtypes = {part.dtype for part in parameters}
+    count = sum(part.shape[-1] for part in parameters)
+    grad_parameters = x.new_empty((*x.shape, count), dtype=dtypes.pop() if len(dtypes) == 1 else arithmetic_dtype(x))
+    return torch.empty_like(x, memory_format=torch.contiguous_format), grad_parameters
+
+
+def _backward_reference(
+    x: Tensor, parts: Sequence[Tensor], grad_output: Tensor, grad_ladj: Tensor, spline: Spline, inverse: bool
+) -> tuple[Tensor, ...]:
+    """The first derivative from differentiable operations, for second derivatives. x is the value on the data side."""
+
+    def forward(x: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        return evaluate(x, parts, spline, inverse=False)
+
+    dtype = arithmetic_dtype(x)
+    (y, ladj), pull = torch.func.vjp(  # type: ignore[misc]  # annotated for an auxiliary output as well
+        forward, x.to(dtype), *(part.to(dtype) for part in parts)
+    )
+    grad_output, grad_ladj = grad_output.to(dtype), grad_ladj.to(dtype)
+    if inverse:
+        # By the implicit function theorem: y = f(x, parameters), and ladj is that of f with its sign changed.
+        slope = pull((torch.ones_like(y), torch.zeros_like(ladj)))[0]
+        grad_input = (grad_output + pull((torch.zeros_like(y), -grad_ladj))[0]) / slope
+        _, *grads = pull((-grad_input, -grad_ladj))
+    else:
+        grad_input, *grads = pull((grad_output, grad_ladj))
+    return grad_input.to(x.dtype), *(grad.to(part.dtype) for grad, part in zip(grads, parts, strict=True))
+
+
+def _kernel(kernels: Any, inverse: bool) -> Any:
+    return kernels.piecewise_spline_inverse if inverse else kernels.piecewise_spline_forward
+
+
+class _Piecewise(torch.autograd.Function):
+    """Saves the value on the data side of the transform and the parameters, nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, spline: Spline, inverse: bool, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        y, ladj = _kernel(_native.kernels_for(x), inverse)(x, parts, *spline)
+        ctx.spline, ctx.inverse = spline, inverse
+        ctx.save_for_backward(y if inverse else x, *parts)
+        return y, ladj
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, grad_ladj: Tensor) -> tuple[Tensor | None, ...]:
+        x, *parts = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            grads = _backward_reference(x, parts, grad_output, grad_ladj, ctx.spline, ctx.inverse)
+            return grads[0], None, None, *grads[1:]
+        kernels = _native.kernels_for(x)
+        assert kernels is not None
+        grad_input, packed = kernels.piecewise_spline_backward(
+            x, parts, grad_output, grad_ladj, *ctx.spline, ctx.inverse
+        )
+        grads = packed.split([part.shape[-1] for part in parts], -1)
+        return grad_input, None, None, *(grad.to(part.dtype) for grad, part in zip(grads, parts, strict=True))
+
+
+def _transform(x: Tensor, parts: tuple[Tensor, ...], spline: Spline, inverse: bool) -> tuple[Tensor, Tensor]:
+    kernels = _native.kernels_for(x)
+    if kernels is None:
+        return evaluate(x, parts, spline, inverse)
+    if _native.wants_gradient(x, *parts):
+        y, ladj = _Piecewise.apply(x, spline, inverse, *parts)  # type: ignore[no-untyped-call]
+        return y, ladj
+    y, ladj = _kernel(kernels, inverse)(x, parts, *spline)
+    return y, ladj
 
 
 def linear_spline(
@@ -194,10 +273,6 @@ def cubic_spline(
         min_bin_height=min_bin_height, scale=scale, event_dims=event_dims,
     )  # fmt: skip
     return _transform(x, parts, spline, inverse)
-
-
-def _transform(x: Tensor, parts: tuple[Tensor, ...], spline: Spline, inverse: bool) -> tuple[Tensor, Tensor]:
-    return evaluate(x, parts, spline, inverse)
 
 
 def _settle(
