@@ -1,8 +1,10 @@
-// Affine coupling on the CPU: rows in blocks that stay in the first-level cache, and long rows in fixed chunks whose
-// partial log-determinants are added in order, so that threads never change a result.
+// Affine coupling on the CPU: rows in blocks that stay in the first-level cache, short rows several to a block, and
+// long rows in fixed chunks whose partial log-determinants are added in order, so that threads never change a result.
 #include "coupling.h"
 
+#include <algorithm>
 #include <array>
+#include <numeric>
 
 #include "coupling_checks.h"
 #include "tensor.h"
@@ -12,6 +14,8 @@ namespace {
 
 // Elements of a row that one work item takes. Fixed, because it decides the order of the sum.
 constexpr int64_t kChunk = 16 * kBlock;
+// Rows up to this width share a block: by themselves they would be all overhead.
+constexpr int64_t kShort = 32;
 
 template <class T>
 struct AffineOptions {
@@ -34,6 +38,18 @@ PYGEN_CLONES double affine_rows(const T* __restrict x, const T* __restrict raw_s
   return sum;
 }
 
+// One block of short rows: y as above, and log s of each element.
+template <Activation A, bool kEpsilon, bool kInverse, class T>
+PYGEN_CLONES void affine_short_rows(const T* __restrict x, const T* __restrict raw_scale, const T* __restrict shift,
+                                    T* __restrict y, T* __restrict log_scales, int64_t n, AffineOptions<T> options) {
+  for (int64_t i = 0; i < n; ++i) {
+    const Scale<T> scale = affine_scale<A>(raw_scale[i] + options.offset, options.limit);
+    const T value = kEpsilon ? scale.value + options.epsilon : scale.value;
+    y[i] = kInverse ? (x[i] - shift[i]) / value : x[i] * value + shift[i];
+    log_scales[i] = kEpsilon ? scalar::log(value) : scale.log;
+  }
+}
+
 template <bool kInverse, class T>
 PYGEN_CLONES void additive_rows(const T* __restrict x, const T* __restrict shift, T* __restrict y, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] = kInverse ? x[i] - shift[i] : x[i] + shift[i];
@@ -41,18 +57,33 @@ PYGEN_CLONES void additive_rows(const T* __restrict x, const T* __restrict shift
 
 template <Activation A, bool kInverse, class T>
 PYGEN_CLONES void affine_backward_rows(const T* __restrict x, const T* __restrict raw_scale,
-                                       const T* __restrict grad_output, T grad_ladj, T* __restrict grad_input,
-                                       T* __restrict grad_raw_scale, int64_t n, AffineOptions<T> options) {
+                                       const T* __restrict grad_output, const T* __restrict grad_ladj,
+                                       T* __restrict grad_input, T* __restrict grad_raw_scale, int64_t n,
+                                       AffineOptions<T> options) {
   for (int64_t i = 0; i < n; ++i) {
     const ScaleSlope<T> scale = affine_scale_slope<A>(raw_scale[i] + options.offset, options.limit, options.epsilon);
-    const AffineGradient<T> gradient = affine_gradient<kInverse>(x[i], scale, grad_output[i], grad_ladj);
+    const AffineGradient<T> gradient = affine_gradient<kInverse>(x[i], scale, grad_output[i], grad_ladj[i]);
     grad_input[i] = gradient.input;
     grad_raw_scale[i] = gradient.raw_scale;
   }
 }
 
+// The value of each element's row, for elements start .. start + n.
+template <class T>
+void spread(const Rows& rows, int64_t width, int64_t start, int64_t n, T* values) {
+  T value;
+  for (int64_t i = 0; i < n;) {
+    const int64_t row = (start + i) / width, until = std::min(n, (row + 1) * width - start);
+    std::fill(values + i, values + until, *read_block(rows, 0, row, 1, &value));
+    i = until;
+  }
+}
+
 template <class T>
 using AffineRows = double (*)(const T*, const T*, const T*, T*, int64_t, AffineOptions<T>);
+
+template <class T>
+using AffineShortRows = void (*)(const T*, const T*, const T*, T*, T*, int64_t, AffineOptions<T>);
 
 // A block of zeros stands for an absent shift: it is read from the first-level cache, and the loops stay one.
 template <class T>
@@ -69,11 +100,38 @@ void affine_compute(const Tensor& x, const OptionalTensor& raw_scale, const Opti
   T* const sums = static_cast<T*>(ladj.mutable_data_ptr());
 
   AffineRows<T> block = nullptr;
+  AffineShortRows<T> short_block = nullptr;
   for_activation(activation, [&](auto tag) {
     constexpr Activation kActivation = decltype(tag)::value;
-    block = options.epsilon != 0 ? &affine_rows<kActivation, true, kInverse, T>
-                                 : &affine_rows<kActivation, false, kInverse, T>;
+    const bool epsilon = options.epsilon != 0;
+    block = epsilon ? &affine_rows<kActivation, true, kInverse, T> : &affine_rows<kActivation, false, kInverse, T>;
+    short_block = epsilon ? &affine_short_rows<kActivation, true, kInverse, T>
+                          : &affine_short_rows<kActivation, false, kInverse, T>;
   });
+
+  if (raw_scale && in.width > 0 && in.width <= kShort) {
+    const Rows all(x, x.dim()), all_raw(*raw_scale, x.dim()), all_add = shift ? Rows(*shift, x.dim()) : Rows();
+    const int64_t together = kBlock / in.width;
+    parallel((in.rows + together - 1) / together, kBlock, [&](int64_t begin, int64_t end) {
+      T x_block[kBlock], raw_block[kBlock], shift_block[kBlock], y_block[kBlock], logs[kBlock];
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t first = item * together, last = std::min(in.rows, first + together);
+        const int64_t start = first * in.width, n = last * in.width - start;
+        const T* values = read_block(all, 0, start, n, x_block);
+        const T* raws = read_block(all_raw, 0, start, n, raw_block);
+        const T* shifts = shift ? read_block(all_add, 0, start, n, shift_block) : kZeros<T>.data();
+        T* target = block_target(out, out_dtype, start, y_block);
+        short_block(values, raws, shifts, target, logs, n, options);
+        write_block(out, out_dtype, start, n, target);
+        for (int64_t row = first; row < last; ++row) {
+          const T* const log_row = logs + (row - first) * in.width;
+          const double sum = std::accumulate(log_row, log_row + in.width, 0.0);
+          sums[row] = static_cast<T>(kInverse ? -sum : sum);
+        }
+      }
+    });
+    return;
+  }
 
   auto take = [&](int64_t row, int64_t from, int64_t to) {
     double sum = 0;
@@ -147,21 +205,25 @@ template <bool kInverse, class T>
 void affine_backward_compute(const Tensor& x, const Tensor& raw_scale, const Tensor& grad_output,
                              const Tensor& grad_ladj, int64_t activation, AffineOptions<T> options, int64_t event_dims,
                              Tensor& grad_input, Tensor& grad_raw_scale) {
-  const Rows in(x, event_dims), raw(raw_scale, event_dims), grad(grad_output, event_dims), ladj(grad_ladj, 0);
+  const Rows sums(grad_ladj, grad_ladj.dim());
+  const int64_t width = x.numel() / std::max<int64_t>(1, grad_ladj.numel());
+  // Short rows are one long one, with the gradient of its row's sum beside each element; a chunk is then one block.
+  const int64_t events = width <= kShort ? x.dim() : event_dims, chunk = width <= kShort ? kBlock : kChunk;
+  const Rows in(x, events), raw(raw_scale, events), grad(grad_output, events);
   void* const to_input = grad_input.mutable_data_ptr();
   void* const to_raw = grad_raw_scale.mutable_data_ptr();
   const ScalarType input_dtype = grad_input.scalar_type(), raw_dtype = grad_raw_scale.scalar_type();
 
-  void (*block)(const T*, const T*, const T*, T, T*, T*, int64_t, AffineOptions<T>) = nullptr;
+  void (*block)(const T*, const T*, const T*, const T*, T*, T*, int64_t, AffineOptions<T>) = nullptr;
   for_activation(activation, [&](auto tag) { block = &affine_backward_rows<decltype(tag)::value, kInverse, T>; });
 
-  const int64_t chunks = std::max<int64_t>(1, (in.width + kChunk - 1) / kChunk);
-  parallel(in.rows * chunks, 2 * std::min(in.width, kChunk) + 1, [&](int64_t begin, int64_t end) {
-    T x_block[kBlock], raw_block[kBlock], grad_block[kBlock], input_block[kBlock], grad_raw_block[kBlock];
+  const int64_t chunks = std::max<int64_t>(1, (in.width + chunk - 1) / chunk);
+  parallel(in.rows * chunks, 2 * std::min(in.width, chunk) + 1, [&](int64_t begin, int64_t end) {
+    T x_block[kBlock], raw_block[kBlock], grad_block[kBlock], ladj_block[kBlock], input_block[kBlock],
+        grad_raw_block[kBlock];
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t row = item / chunks, from = item % chunks * kChunk, to = std::min(in.width, from + kChunk);
-      T ladj_value;
-      const T grad_ladj_row = *read_block(ladj, row, 0, 1, &ladj_value);
+      const int64_t row = item / chunks, from = item % chunks * chunk, to = std::min(in.width, from + chunk);
+      spread(sums, width, row * in.width + from, std::min(kBlock, to - from), ladj_block);
       for (int64_t start = from; start < to; start += kBlock) {
         const int64_t n = std::min(kBlock, to - start), at = row * in.width + start;
         const T* values = read_block(in, row, start, n, x_block);
@@ -169,7 +231,7 @@ void affine_backward_compute(const Tensor& x, const Tensor& raw_scale, const Ten
         const T* grads = read_block(grad, row, start, n, grad_block);
         T* inputs = block_target(to_input, input_dtype, at, input_block);
         T* grad_raws = block_target(to_raw, raw_dtype, at, grad_raw_block);
-        block(values, raws, grads, grad_ladj_row, inputs, grad_raws, n, options);
+        block(values, raws, grads, ladj_block, inputs, grad_raws, n, options);
         write_block(to_input, input_dtype, at, n, inputs);
         write_block(to_raw, raw_dtype, at, n, grad_raws);
       }
