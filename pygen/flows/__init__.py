@@ -1,5 +1,6 @@
 """Normalizing flows: exact densities by an invertible map to the prior, layer by layer."""
 
+from pygen.flows.autoregressive import MaskedAutoregressive
 from pygen.flows.base import Base, ConditionalNormal, DiagonalNormal, StandardLogistic, StandardNormal, Uniform
 from pygen.flows.coupling import (
     AdditiveCoupling,
@@ -10,9 +11,16 @@ from pygen.flows.coupling import (
     SplineCoupling,
 )
 from pygen.flows.flow import Flow
+from pygen.flows.flowpp import FlowPP, FlowPPConfig
 from pygen.flows.glow import Glow, GlowConfig
 from pygen.flows.linear import InvertibleLinear
-from pygen.flows.neural_spline import NeuralSplineFlow, NeuralSplineFlowConfig, neural_spline_flow
+from pygen.flows.maf import IAF, MAF, MAFConfig, inverse_autoregressive_flow, masked_autoregressive_flow
+from pygen.flows.neural_spline import (
+    AutoregressiveSplineFlow,
+    NeuralSplineFlow,
+    NeuralSplineFlowConfig,
+    neural_spline_flow,
+)
 from pygen.flows.nice import NICE, NICEConfig
 from pygen.flows.normalization import ActNorm
 from pygen.flows.permutation import Permutation
@@ -23,11 +31,14 @@ from pygen.flows.tarflow import MetaBlock, TarFlow, TarFlowConfig
 from pygen.flows.transform import FirstHalf, Inverse, Reshape, Stack, Step, Transform
 
 __all__ = [
+    "IAF",
+    "MAF",
     "NICE",
     "ActNorm",
     "AdditiveCoupling",
     "AffineCoupling",
     "AffineInjector",
+    "AutoregressiveSplineFlow",
     "Base",
     "ConditionalNormal",
     "Coupling",
@@ -35,12 +46,16 @@ __all__ = [
     "FirstHalf",
     "Flatten",
     "Flow",
+    "FlowPP",
+    "FlowPPConfig",
     "Glow",
     "GlowConfig",
     "Haar",
     "Inverse",
     "InvertibleLinear",
     "Logit",
+    "MAFConfig",
+    "MaskedAutoregressive",
     "MetaBlock",
     "MixtureCoupling",
     "NICEConfig",
@@ -62,5 +77,7 @@ __all__ = [
     "TarFlowConfig",
     "Transform",
     "Uniform",
+    "inverse_autoregressive_flow",
+    "masked_autoregressive_flow",
     "neural_spline_flow",
 ]

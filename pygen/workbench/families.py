@@ -71,6 +71,31 @@ FAMILIES: dict[str, dict[str, Recipe]] = {
             ),
             changes={"width": 200, "layers": 3, "margin": 0.05},
         ),
+        "maf": Recipe(
+            module="pygen.flows",
+            model="MAF",
+            config="MAFConfig",
+            training=TrainingConfig(
+                steps=1500, batch_size=128, learning_rate=4e-3, betas=(0.9, 0.99), weight_decay=1.0, warmup=50
+            ),
+            changes={"hidden": 128},
+        ),
+        "iaf": Recipe(
+            module="pygen.flows",
+            model="IAF",
+            config="MAFConfig",
+            training=TrainingConfig(
+                steps=1500, batch_size=64, learning_rate=4e-3, betas=(0.9, 0.99), weight_decay=1.0, warmup=50
+            ),
+            changes={"layers": 3, "hidden": 128},
+        ),
+        "flowpp": Recipe(
+            module="pygen.flows",
+            model="FlowPP",
+            config="FlowPPConfig",
+            training=TrainingConfig(steps=400, batch_size=64, learning_rate=2e-3, betas=(0.9, 0.999), warmup=50),
+            changes={"width": 32, "blocks": 1, "components": 8, "dequantizer_blocks": 1, "margin": 0.05},
+        ),
         "glow": Recipe(
             module="pygen.flows",
             model="Glow",
@@ -86,6 +111,15 @@ FAMILIES: dict[str, dict[str, Recipe]] = {
                 steps=1200, batch_size=128, learning_rate=4e-3, betas=(0.9, 0.99), weight_decay=0.3, warmup=50
             ),
             changes={"layers": 5, "hidden": 128, "blocks": 1, "dropout": 0.5},
+        ),
+        "nsf-ar": Recipe(
+            module="pygen.flows",
+            model="AutoregressiveSplineFlow",
+            config="NeuralSplineFlowConfig",
+            training=TrainingConfig(
+                steps=1000, batch_size=128, learning_rate=3e-3, betas=(0.9, 0.99), weight_decay=1.0, warmup=50
+            ),
+            changes={"layers": 3, "hidden": 128, "blocks": 1},
         ),
     },
     "diffusion": {
