@@ -11,7 +11,7 @@ import sys
 import threading
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -100,6 +100,22 @@ class Changes:
 
         A call that `replacement` answers with NotImplemented goes to `original`.
         """
+        self.functions([(original, replacement)])
+
+    def functions(self, pairs: Iterable[tuple[Callable[..., Any], Callable[..., Any]]]) -> None:
+        """`function` for many pairs of original and replacement, in one search."""
+        wanted = {id(original): (original, replacement, self._stand_in(original, replacement))
+                  for original, replacement in pairs}  # fmt: skip
+        for module_name, module in list(sys.modules.items()):
+            if not isinstance(module, types.ModuleType) or module_name.partition(".")[0] == "pygen":
+                continue
+            for name, value in list(vars(module).items()):
+                if id(value) in wanted:
+                    original, replacement, stand_in = wanted[id(value)]
+                    self.set(module, name, stand_in)
+                    self.report_replaced(qualified_name(original), qualified_name(replacement), f"{module_name}.{name}")
+
+    def _stand_in(self, original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
         changes = self
 
         @functools.wraps(original)
@@ -107,13 +123,7 @@ class Changes:
             result = replacement(*args, **kwargs) if changes.in_force else NotImplemented
             return original(*args, **kwargs) if result is NotImplemented else result
 
-        for module_name, module in list(sys.modules.items()):
-            if not isinstance(module, types.ModuleType) or module_name.partition(".")[0] == "pygen":
-                continue
-            for name, value in list(vars(module).items()):
-                if value is original:
-                    self.set(module, name, stand_in)
-                    self.report_replaced(qualified_name(original), qualified_name(replacement), f"{module_name}.{name}")
+        return stand_in
 
     def method(self, cls: type, name: str, replacement: Callable[..., Any]) -> None:
         """Put `replacement` in the place of a method, its own or inherited, of a class of the library.

@@ -68,8 +68,7 @@ def _reason_to_leave(layer: nn.Module) -> str | None:
 
 def _install(changes: Changes) -> None:
     layers.take_over(changes, _LAYERS)
-    for name, function in splines.FUNCTIONS.items():
-        changes.function(getattr(normflows_splines, name), function)
+    changes.functions((getattr(normflows_splines, name), function) for name, function in splines.FUNCTIONS.items())
 
 
 _patch = Patch("normflows", _install)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pygen.compat import lu
-from pygen.compat.kept import Kept
+from pygen.nn.kept import Kept
 
 Result = tuple[Tensor, Tensor]
 

@@ -17,10 +17,10 @@ from torch.distributions import Transform
 from zuko.utils import broadcast
 
 from pygen import _native
-from pygen.compat.kept import can_keep, probe, versions
 from pygen.compat.made import activate
 from pygen.compat.zuko.transforms import Inverse
 from pygen.compat.zuko.univariate import univariate_of
+from pygen.nn.kept import can_keep, probe, versions
 from pygen.ops.masked import masked_inverse
 from pygen.ops.masked_network import MaskedNetwork
 
@@ -93,17 +93,23 @@ def _sweep(layer: Any, y: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor] | N
 
 def phi_of(layer: Any, x: Tensor, c: Tensor | None) -> Tensor:
     """hyper(x, c), the masked weights kept from call to call where no gradient is wanted and they are large."""
-    nodes = None
-    if not torch.is_grad_enabled():
-        weights = [part.weight for part in layer.hyper.modules() if isinstance(part, zuko.nn.MaskedLinear)]
-        if sum(weight.numel() for weight in weights) >= _LARGE and can_keep(weights):
-            nodes = _nodes_of(layer)
+    nodes = None if torch.is_grad_enabled() or not _is_large(layer.hyper) else _nodes_of(layer)
     if c is not None:
         x, c = broadcast(x, c, ignore=1)
     if nodes is not None:
         return nodes(x, c)
     phi: Tensor = layer.hyper(x if c is None else torch.cat((x, c), -1))
     return phi
+
+
+def _is_large(hyper: nn.Module) -> bool:
+    """Whether keeping masked weights costs less than masking them anew. Of CPU tensors: others do not tell of changes
+    without waiting for the device."""
+    if type(hyper) is not zuko.nn.MaskedMLP:
+        return False
+    parts = (each for part in hyper.children() for each in (part.children() if len(part._modules) else (part,)))
+    weights = [part.weight for part in parts if isinstance(part, zuko.nn.MaskedLinear)]
+    return sum(weight.numel() for weight in weights) >= _LARGE and can_keep(weights)
 
 
 def why_no_sweep(layer: Any) -> str | None:
