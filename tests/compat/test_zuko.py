@@ -667,7 +667,7 @@ def test_compiles() -> None:
     flow = FLOWS["MAF"](4, 0)
     expected = flow().log_prob(x)
     with convert(flow):
-        agree([torch.compile(lambda x: flow().log_prob(x), backend="aot_eager")(x)], [expected])
+        agree([torch.compile(lambda x: flow().log_prob(x), backend="eager")(x)], [expected])
 
 
 def test_convert_refuses_what_is_no_module() -> None:
