@@ -40,12 +40,13 @@ class TarFlowConfig(PictureFlowConfig):
         block instead, and costs one pass over all tokens at once.
     """
 
+    margin: float | None = 0.01
     patch: int = 2
     blocks: int = 4
-    layers: int = 2
+    layers: int = 1
     width: int = 64
     heads: int = 4
-    dropout: float = 0.1
+    dropout: float = 0.2
     noise_std: float | None = None
     label_dropout: float = 0.1
     denoise: bool = False

@@ -45,6 +45,7 @@ class KeyValueCache(Cache):
         shape = (layers, n, heads, capacity, width)
         self.keys, self.values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
         self.lengths = torch.zeros(layers, n, dtype=torch.int32, device=device)
+        self._layers = list(zip(self.keys.unbind(), self.values.unbind(), self.lengths.unbind(), strict=True))
 
     def places(self, block: int) -> Tensor:
         next_places = self.lengths[0].unsqueeze(1) + torch.arange(block, device=self.lengths.device)
@@ -52,7 +53,7 @@ class KeyValueCache(Cache):
         return next_places.clamp(max=self.keys.shape[3] - 1)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return ops.attend_cached(query, key, value, self.keys[layer], self.values[layer], self.lengths[layer])
+        return ops.attend_cached(query, key, value, *self._layers[layer])
 
 
 class GrowingCache(Cache):
@@ -155,9 +156,8 @@ class CausalTransformer(nn.Module):
             TransformerBlock(width, heads, expansion=expansion, dropout=dropout) for _ in range(layers)
         )
         self.norm = nn.LayerNorm(width)
-        nn.init.normal_(self.positions, std=0.02)
-        if self.label is not None:
-            nn.init.normal_(self.label.weight, std=0.02)
+        # As large as a token: small ones cost a short training most of its steps.
+        nn.init.normal_(self.positions)
 
     def forward(self, x: Tensor, condition: Tensor | None = None, *, temperature: Tensor | None = None) -> Tensor:
         """The whole sequence at once, (n, up to `length`, width).

@@ -347,7 +347,7 @@ def test_bad_input_is_named():
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"label_dropout": -0.1}, "label_dropout is -0.1"),
         ({"memory": "recompute", "dropout": 0.1}, "memory is 'recompute' with dropout 0.1, but expected dropout 0"),
-        ({"noise_std": 0.1}, "margin is 0.05 with noise_std 0.1, but expected None"),
+        ({"noise_std": 0.1}, "margin is 0.01 with noise_std 0.1, but expected None"),
         ({"noise_std": 0.0, "margin": None}, "noise_std is 0.0"),
         ({"denoise": True}, "denoise is True"),
         ({"guidance": 1.0, "classes": None}, "guidance is 1.0, but expected 0 without classes"),
