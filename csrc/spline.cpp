@@ -91,7 +91,7 @@ void spline_compute(const Tensor& x, const std::vector<Tensor>& parameters, cons
   ValueRows<T> group = nullptr;
   for_parametrization(settings.parametrization,
                       [&](auto tag) { group = &spline_rows<decltype(tag)::value, kInverse, T>; });
-  for_lanes(ladj.numel(), event_width(x, settings.event_dims), cost_of(settings.bins), 2 * source.size(),
+  for_lanes(ladj.numel(), Rows(x, settings.event_dims).width, cost_of(settings.bins), 2 * source.size(),
             static_cast<T*>(ladj.mutable_data_ptr()), [&](int64_t start, int64_t n, T* logarithms, T* scratch) {
               T values[kLanes], images[kLanes];
               Bounds<T> bounds;
@@ -110,7 +110,7 @@ void spline_backward_compute(const Tensor& x, const std::vector<Tensor>& paramet
                              Tensor& grad_parameters) {
   const SplineSource<T> source(x, parameters, settings);
   const Rows grad(grad_output, grad_output.dim()), grad_rows(grad_ladj, grad_ladj.dim());
-  const int64_t width = event_width(x, settings.event_dims);
+  const int64_t width = Rows(x, settings.event_dims).width;
   void* const to_input = grad_input.mutable_data_ptr();
   void* const to_parameters = grad_parameters.mutable_data_ptr();
   const ScalarType input_dtype = grad_input.scalar_type(), parameter_dtype = grad_parameters.scalar_type();
@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor> spline_values(const Tensor& x, const std::vector<Tens
                                 parametrization, sharpness, boundary_slope, scale,  event_dims};
   check_spline(x, parameters, settings);
   Tensor y = empty_like_shape(x, x.scalar_type());
-  Tensor ladj = empty_spline_ladj(x, event_dims);
+  Tensor ladj = empty_ladj(x, event_dims);
   auto compute =
       x.scalar_type() == ScalarType::Double ? &spline_compute<kInverse, double> : &spline_compute<kInverse, float>;
   compute(x, parameters, settings, y, ladj);
@@ -160,7 +160,7 @@ std::tuple<Tensor, Tensor> spline_backward(const Tensor& x, const std::vector<Te
   const SplineSettings settings{dimensions,      bins,      tails,          bounds, minimums,
                                 parametrization, sharpness, boundary_slope, scale,  event_dims};
   check_spline(x, parameters, settings);
-  check_spline_gradients(x, grad_output, grad_ladj, settings);
+  check_gradients(x, grad_output, grad_ladj, event_dims);
   Tensor grad_input = empty_like_shape(x, x.scalar_type());
   Tensor grad_parameters = empty_parameter_gradient(x, parameters, settings.options<float>().parameters());
   auto run = [&](auto type) {

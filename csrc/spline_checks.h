@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "ladj.h"
 #include "spline.h"
 #include "tensor.h"
 
@@ -64,40 +65,6 @@ inline void check_spline(const Tensor& x, const std::vector<Tensor>& parameters,
               part.size(x.dim()) == wanted,
           "parameters has shape ", shape_of(part), ", but expected that of x, ", shape_of(x), ", and ", wanted);
   }
-}
-
-inline void check_spline_gradients(const Tensor& x, const Tensor& grad_output, const Tensor& grad_ladj,
-                                   const SplineSettings& settings) {
-  check(same_shape(grad_output, x), "grad_output has shape ", shape_of(grad_output), ", but expected ", shape_of(x));
-  check(is_floating(grad_output.scalar_type()), "grad_output has a dtype that is not supported");
-  check(same_device(grad_output, x), "grad_output is on another device than x");
-  check(grad_ladj.scalar_type() == sum_dtype(x), "grad_ladj has another dtype than the log-determinant");
-  check(same_device(grad_ladj, x), "grad_ladj is on another device than x");
-  check(grad_ladj.dim() == x.dim() - settings.event_dims &&
-            std::equal(grad_ladj.sizes().begin(), grad_ladj.sizes().end(), x.sizes().begin()),
-        "grad_ladj has shape ", shape_of(grad_ladj), ", but expected the batch dimensions of x, ", shape_of(x));
-}
-
-// ladj has the batch dimensions of x.
-inline Tensor empty_spline_ladj(const Tensor& x, int64_t event_dims) {
-  const auto sizes = x.sizes();
-  return torch::stable::new_empty(x, {sizes.data(), sizes.size() - static_cast<size_t>(event_dims)}, sum_dtype(x));
-}
-
-// The gradient of all parameters, packed; in the parameters' dtype, or that of ladj where theirs differ.
-inline Tensor empty_parameter_gradient(const Tensor& x, const std::vector<Tensor>& parameters, int64_t packed) {
-  ScalarType dtype = parameters[0].scalar_type();
-  for (const Tensor& part : parameters) dtype = part.scalar_type() == dtype ? dtype : sum_dtype(x);
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.push_back(packed);
-  return torch::stable::new_empty(x, {sizes.data(), sizes.size()}, dtype);
-}
-
-// The elements of x as they lie in order, and how many make a row of ladj.
-inline int64_t event_width(const Tensor& x, int64_t event_dims) {
-  int64_t width = 1;
-  for (int64_t d = x.dim() - event_dims; d < x.dim(); ++d) width *= x.size(d);
-  return width;
 }
 
 }  // namespace pygen
