@@ -20,7 +20,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-FAMILIES = ("coupling", "spline", "mixture", "masked", "schedule", "noise", "cache", "sampling", "tarflow", "compat_zuko")
+FAMILIES = (
+    "coupling", "spline", "mixture", "masked", "compat", "schedule", "noise", "cache", "sampling", "tarflow", "compat_zuko",
+)  # fmt: skip
 
 # glibc hands fresh pages to every large output, and their faults would hide the kernels; see --allocator.
 STEADY_ALLOCATOR = {
