@@ -65,6 +65,9 @@ constexpr const char* kSchemas[] = {
     // sampling: seeds and positions, (rows,) or (), take precedence over seed and position
     "sample_logits(Tensor logits, Tensor sample_ids, SymInt seed, Tensor? seeds, SymInt position, Tensor? positions, "
     "float temperature, int top_k, float top_p) -> (Tensor token, Tensor log_prob)",
+    // wavelet: 2 x 2 blocks of a picture (n, c, 2 h, 2 w) as channels (n, 4 c, h, w), and back
+    "wavelet_forward(Tensor x, bool haar) -> Tensor y",
+    "wavelet_inverse(Tensor y, bool haar) -> Tensor x",
 };
 
 }  // namespace pygen

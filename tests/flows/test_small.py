@@ -236,7 +236,7 @@ def test_travels_and_compiles(kind):
         (lambda: Permutation(torch.tensor([0, 0])), r"order is \[0, 0\], but expected a permutation of 0 .. 1"),
         (lambda: Permutation.reverse(3)(torch.zeros(2, 4)), r"x has shape \(2, 4\), but expected \(n, 3, ...\)"),
         (lambda: Squeeze()(torch.zeros(1, 1, 3, 2)), "expected .* of even height and width"),
-        (lambda: Haar().inverse(torch.zeros(1, 3, 2, 2)), r"y has shape \(1, 3, 2, 2\), but expected \(n, 4 c"),
+        (lambda: Haar().inverse(torch.zeros(1, 3, 2, 2)), r"x has shape \(1, 3, 2, 2\), but expected \(n, 4 c"),
         (lambda: Flatten((2, 3))(torch.zeros(1, 3, 2)), r"x has shape \(1, 3, 2\), but expected \(n, 2, 3\)"),
     ],
 )
