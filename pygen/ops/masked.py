@@ -367,7 +367,8 @@ def masked_inverse(
         same in any batch, and NaN stays in its row.
 
     Gradients for y, the context and the network's parameters; second derivatives go through the D passes of the
-    reference.
+    reference. Weights are packed anew when a parameter has changed, and at each call where parameters get a gradient
+    or a tracer looks on; before `torch.compile` call this once, or `plan_of`, to find the order of the units.
 
     Raises:
         ValueError: for a network that is not autoregressive, naming the offending pair; for outputs that do not fit

@@ -47,15 +47,6 @@ class Program:
     outputs: int
     packings: Sequence[Packing]
 
-    def pack(self, network: MaskedNetwork, tensors: Tensors) -> Tensor:
-        """The weights in the order in which the instructions read them."""
-        parts = [tensors.own[0].new_zeros(0, dtype=tensors.dtype)]
-        for packing in self.packings:
-            weight = tensors.own[network.nodes[packing.node].slots[0]]
-            part = weight.reshape(-1).index_select(0, packing.index.to(weight.device)).to(parts[0].dtype)
-            parts.append(part.index_fill_(0, packing.forbidden.to(weight.device), 0.0))
-        return torch.cat(parts)
-
 
 class _Writer:
     """Collects the instructions of one program."""
@@ -198,16 +189,31 @@ class MaskedPlan:
     def code(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """A program on the host, where it is checked, and on the device, where it runs."""
         code = self.programs[name].code
-        if device.type == "cpu":
-            return code, code
-        if (name, device) not in self._placed:
-            self._placed[name, device] = code.to(device)
-        return code, self._placed[name, device]
+        return code, self._on(device, f"{name} code", code)
+
+    def _on(self, device: torch.device, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of the plan on a device, copied there once: a copy at each call would wait for the device."""
+        if tensor.device == device:
+            return tensor
+        key = (name, device)
+        if key not in self._placed and not torch.compiler.is_compiling():
+            self._placed[key] = tensor.to(device)
+        return self._placed[key] if key in self._placed else tensor.to(device)
 
     def weights(self, name: str, tensors: Tensors) -> Tensor:
-        """The packed weights of a program."""
-        weights: Tensor = self._weights[name].get(tensors, lambda: self.programs[name].pack(self.network, tensors))
+        """The weights in the order in which a program reads them."""
+        weights: Tensor = self._weights[name].get(tensors, lambda: self._pack(name, tensors))
         return weights
+
+    def _pack(self, name: str, tensors: Tensors) -> Tensor:
+        parts = [tensors.own[0].new_zeros(0, dtype=tensors.dtype)]
+        for packing in self.programs[name].packings:
+            weight = tensors.own[self.network.nodes[packing.node].slots[0]]
+            index = self._on(weight.device, f"{name} index {packing.node}", packing.index)
+            forbidden = self._on(weight.device, f"{name} forbidden {packing.node}", packing.forbidden)
+            part = weight.reshape(-1).index_select(0, index).to(parts[0].dtype)
+            parts.append(part.index_fill_(0, forbidden, 0.0))
+        return torch.cat(parts)
 
     def constants(self, tensors: Tensors) -> Tensor:
         """Biases in the order of their rows, scales beside shifts, parameters of activations."""
@@ -217,8 +223,8 @@ class MaskedPlan:
     def _gather_constants(self, tensors: Tensors) -> Tensor:
         parts = [tensors.own[0].new_zeros(0, dtype=tensors.dtype)]
         for index in self._constants:
-            node = self.network.nodes[index]
-            order = self._orders[index].to(parts[0].device)
+            node, order = self.network.nodes[index], self._orders[index]
+            order = self._on(parts[0].device, f"order {index}", order)
             if node.kind == "activation":
                 parts.append(parts[0].new_full((1,), node.parameter))
             elif node.kind == "normalize":
