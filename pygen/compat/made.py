@@ -31,11 +31,17 @@ _FUNCTIONS = {
 
 
 def multiply(layer: Any, x: Tensor) -> Tensor:
-    """x (n, in) -> (n, out) through a masked linear layer, its masked weight kept in evaluation."""
-    weight = _masked_weights.get(layer, (layer.weight, layer.mask), lambda: layer.weight * layer.mask)
-    return F.linear(x, weight, layer.bias)
+    """x (n, in) -> (n, out) through a masked linear layer, a large masked weight kept in evaluation."""
+    weight, mask = layer.weight, layer.mask
+    if weight.numel() < _LARGE or (torch.is_grad_enabled() and weight.requires_grad):
+        masked = weight * mask
+    else:
+        masked = _masked_weights.get(layer, (weight, mask), lambda: weight * mask)
+    return F.linear(x, masked, layer.bias)
 
 
+# Below, looking whether a weight has changed takes longer than masking it.
+_LARGE = 1 << 16
 _masked_weights: Kept[Tensor] = Kept()
 
 

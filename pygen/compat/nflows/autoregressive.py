@@ -38,10 +38,10 @@ class MaskedAffineAutoregressive(autoregressive.MaskedAffineAutoregressiveTransf
     """`nflows.transforms.MaskedAffineAutoregressiveTransform`."""
 
     def _elementwise_forward(self, inputs: Tensor, autoregressive_params: Tensor) -> Result:
-        return _affine(self._epsilon)(inputs, autoregressive_params)
+        return _scale_and_shift(self, inputs, autoregressive_params, inverse=False)
 
     def _elementwise_inverse(self, inputs: Tensor, autoregressive_params: Tensor) -> Result:
-        return _affine(self._epsilon)(inputs, autoregressive_params, inverse=True)
+        return _scale_and_shift(self, inputs, autoregressive_params, inverse=True)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> Result:
         swept = sweeps.inverse(self.autoregressive_net, inputs, context, _affine(self._epsilon))
@@ -108,6 +108,11 @@ LAYERS = {
         MaskedPiecewiseRationalQuadraticAutoregressive
     ),
 }
+
+
+def _scale_and_shift(layer: Any, x: Tensor, parameters: Tensor, inverse: bool) -> Result:
+    raw_scale, shift = parameters.view(*x.shape, 2).unbind(-1)
+    return ops.affine(x, raw_scale, shift, activation="softplus", epsilon=layer._epsilon, inverse=inverse)
 
 
 @functools.cache

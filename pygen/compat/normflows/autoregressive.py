@@ -14,6 +14,7 @@ from normflows.flows.neural_spline import autoregressive as spline_autoregressiv
 from normflows.nets import made
 from torch import Tensor, nn
 
+from pygen import ops
 from pygen.compat.made import Sweeps, activate, hidden_scale, multiply, spline_of
 from pygen.compat.normflows.spline_layers import of_layer
 from pygen.compat.normflows.splines import Result, served, through
@@ -32,10 +33,10 @@ class MaskedAffineAutoregressive(autoregressive.MaskedAffineAutoregressive):
     """`normflows.flows.MaskedAffineAutoregressive`."""
 
     def _elementwise_forward(self, inputs: Tensor, autoregressive_params: Tensor) -> Result:
-        return _AFFINE(inputs, autoregressive_params)
+        return _scale_and_shift(inputs, autoregressive_params, inverse=False)
 
     def _elementwise_inverse(self, inputs: Tensor, autoregressive_params: Tensor) -> Result:
-        return _AFFINE(inputs, autoregressive_params, inverse=True)
+        return _scale_and_shift(inputs, autoregressive_params, inverse=True)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> Result:
         swept = sweeps.inverse(self.autoregressive_net, inputs, context, _AFFINE)
@@ -78,6 +79,11 @@ LAYERS = {
 }
 
 _AFFINE = MaskedAffine("sigmoid", offset=2.0, epsilon=1e-3)
+
+
+def _scale_and_shift(x: Tensor, parameters: Tensor, inverse: bool) -> Result:
+    raw_scale, shift = parameters.view(*x.shape, 2).unbind(-1)
+    return ops.affine(x, raw_scale, shift, activation="sigmoid", offset=2.0, epsilon=1e-3, inverse=inverse)
 
 
 def _passes(layer: Any, y: Tensor, context: Tensor | None) -> Result:
