@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 FAMILIES = (
-    "coupling", "spline", "mixture", "masked", "compat", "schedule", "noise", "cache", "sampling", "tarflow", "compat_zuko",
+    "coupling", "spline", "mixture", "masked", "memory", "compat", "schedule", "noise", "cache", "sampling", "tarflow",
+    "compat_zuko",
 )  # fmt: skip
 
 # glibc hands fresh pages to every large output, and their faults would hide the kernels; see --allocator.
@@ -133,9 +134,22 @@ def show(result: dict[str, Any]) -> None:
         aim = "" if target is None else f"{target:.1f}x"
         print(f"{first}  {rival + ' ' + duration(result['seconds'][rival]):>26} {ratio:7.2f}x {aim:>8} {floor}")
         first, floor = f"{'':36} {'':22} {'':>11}", ""
+    if "peak_bytes" in result:
+        print(f"{'':36} {'':22} {'':>11}  {memory(result)}")
     if call is not None:
         print(f"{'':36} {'':22} {'':>11}  a call: at most {call:g} us")
     sys.stdout.flush()
+
+
+def memory(result: dict[str, Any]) -> str:
+    """Peak memory of all contenders, with the ratio to ours, and the ratio that is aimed at."""
+    peaks = dict(result["peak_bytes"])
+    ours = peaks.pop("ours")
+    texts = [f"at its peak {ours / 1e6:.1f} MB"]
+    for rival, peak in peaks.items():
+        aim = f", aim {result['peak_targets'][rival]:g}x" if rival in result["peak_targets"] else ""
+        texts.append(f"{rival} {peak / 1e6:.1f} MB ({peak / ours:.1f}x{aim})")
+    return "; ".join(texts)
 
 
 def duration(seconds: float) -> str:
