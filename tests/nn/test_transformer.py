@@ -117,6 +117,17 @@ def test_labels_and_temperature_matter_to_their_own_row_alone():
     torch.testing.assert_close(net(x), net(x, torch.full((3,), 3)))
 
 
+def test_a_high_temperature_attends_to_all_alike():
+    net = build()
+    x = torch.randn(2, 6, 8)
+    hot = net(x, temperature=torch.full((2,), 1e9))
+    with torch.no_grad():
+        for block in net.blocks:
+            block.project_in.weight[:8] = 0  # the queries
+            block.project_in.bias[:8] = 0
+    torch.testing.assert_close(hot, net(x))
+
+
 def test_blocks_start_as_identities():
     net = CausalTransformer(5, width=8)
     x = torch.randn(2, 5, 8)
