@@ -6,6 +6,7 @@ A family's file, such as coupling.py, has `cases(device)`; run.py finds it by it
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 import time
 import types
@@ -24,6 +25,8 @@ class Case:
     rivals: name -> the same work done another way; each is run once before it is timed.
     floor_bytes: the fewest bytes the operation must move, each input read and each output written once.
     targets: rival -> the ratio rival time / our time that is aimed at; "call" -> most microseconds of our time.
+    peak: where memory counts, what gives the bytes that a contender's work needs at its highest, see `peak_bytes`.
+    peak_targets: rival -> the ratio of its bytes to ours that is aimed at.
     """
 
     name: str
@@ -33,6 +36,8 @@ class Case:
     floor_bytes: int | None = None
     targets: dict[str, float] = dataclasses.field(default_factory=dict)
     note: str = ""
+    peak: Callable[[Work], int] | None = None
+    peak_targets: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def compiled(function: Any, backend: Any = "inductor") -> Any:
@@ -64,6 +69,21 @@ def seconds(work: Work, repeats: int, device: torch.device) -> float:
     return (time.perf_counter() - began) / repeats
 
 
+def peak_bytes(work: Work, device: torch.device) -> int:
+    """The most bytes of tensors that were there at a time beyond those that were there before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as recorded:
+        work()
+    changes = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in changes), default=0)
+
+
 def measure(case: Case, device: torch.device, *, rounds: int, slice_seconds: float = 0.01) -> dict[str, Any]:
     """Median seconds per call of a case and its rivals, taken in turn so that a noisy moment hits them all."""
     contenders = {"ours": case.ours, **case.rivals}
@@ -79,6 +99,7 @@ def measure(case: Case, device: torch.device, *, rounds: int, slice_seconds: flo
                 times[name].append(seconds(work, repeats[name], device))
     medians = {name: statistics.median(values) for name, values in times.items()}
     spread = {name: (max(values) - min(values)) / medians[name] for name, values in times.items()}
+    peaks = {} if case.peak is None else {name: case.peak(work) for name, work in contenders.items()}
     return {
         "name": case.name,
         "shape": case.shape,
@@ -88,6 +109,7 @@ def measure(case: Case, device: torch.device, *, rounds: int, slice_seconds: flo
         "floor_bytes": case.floor_bytes,
         "targets": case.targets,
         "note": case.note,
+        **({"peak_bytes": peaks, "peak_targets": case.peak_targets} if peaks else {}),
     }
 
 

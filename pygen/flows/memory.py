@@ -88,7 +88,7 @@ class _Recompute(torch.autograd.Function):
         total: Tensor | None = None
         for step in steps:
             # A dropout mask inside a conditioner must be the same when the step is undone and run again.
-            ctx.random.append(_random_state(x.device))
+            ctx.random.append(_random_state(x.device, ctx.random[-1] if ctx.random else None))
             y, ladj = _directed(step, inverse)(y, context)
             total = ladj if total is None else total + ladj
         ctx.save_for_backward(x, y, context, *parameters)
@@ -148,8 +148,13 @@ def _check_rebuilt(rebuilt: Tensor, x: Tensor, tolerance: float) -> None:
         )
 
 
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+def _random_state(device: torch.device, last: tuple[Tensor, Tensor | None] | None) -> tuple[Tensor, Tensor | None]:
+    """The generators' states; `last` itself where nothing was drawn since: 5 kB for each step would add up."""
+    state = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    if last is None or not torch.equal(state[0], last[0]):
+        return state
+    unchanged = state[1] is None or (last[1] is not None and torch.equal(state[1], last[1]))
+    return last if unchanged else state
 
 
 def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
