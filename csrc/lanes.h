@@ -38,6 +38,17 @@ struct Records {
   }
 };
 
+// Asks for the numbers of a dense tensor that the next block will read, while this one is computed.
+inline void prefetch(const Rows& rows, int64_t start, int64_t n) {
+  constexpr int64_t kLine = 64;
+  for_dtype(rows.dtype, [&](auto stored) {
+    using Stored = decltype(stored);
+    const Stored* const from = static_cast<const Stored*>(rows.data) + start;
+    const int64_t step = kLine / static_cast<int64_t>(sizeof(Stored));
+    for (int64_t i = 0; i < std::min(n, rows.width - start); i += step) __builtin_prefetch(from + i);
+  });
+}
+
 // Elements start .. start + n of a tensor as (count, kLanes), zeros beyond n. `scratch` is kLanes * count numbers.
 template <class T>
 inline void read_lanes(const Records& records, int64_t start, int64_t n, T* lanes, T* scratch) {
@@ -58,6 +69,7 @@ inline void read_lanes(const Records& records, int64_t start, int64_t n, T* lane
     });
   } else {
     turn_to_lanes(read_block(records.values, 0, start * count, n * count, scratch), n, count, lanes);
+    if (records.values.dense()) prefetch(records.values, (start + n) * count, kLanes * count);
   }
   if (n < kLanes) {
     for (int64_t k = 0; k < count; ++k) std::fill(lanes + k * kLanes + n, lanes + (k + 1) * kLanes, T(0));
