@@ -40,17 +40,11 @@ SMALL_RECIPES: dict[str, dict[str, object]] = {
     "glow": {"scales": 2, "steps": 2, "width": 4},
     "maf": {"layers": 2, "hidden": 8},
     "iaf": {"layers": 2, "hidden": 8},
-    "flowpp": {
-        "checkerboards": 1,
-        "channels": 1,
-        "coarse": 1,
-        "width": 4,
-        "blocks": 1,
-        "heads": 2,
-        "components": 2,
-        "dequantizer_couplings": 1,
-        "dequantizer_blocks": 1,
-    },
-    "nsf-ar": {"layers": 2, "hidden": 8, "blocks": 1, "bins": 4},
     "nsf": {"layers": 2, "hidden": 8, "blocks": 1, "bins": 4},
-}
+    "nsf-ar": {"layers": 2, "hidden": 8, "blocks": 1, "bins": 4},
+    "flowpp": {
+        "checkerboards": 1, "channels": 1, "coarse": 1, "width": 4, "blocks": 1, "heads": 2, "components": 2,
+        "dequantizer_couplings": 1, "dequantizer_blocks": 1,
+    },
+    "tarflow": {"blocks": 2, "layers": 1, "width": 8, "heads": 2, "dropout": 0.0},
+}  # fmt: skip

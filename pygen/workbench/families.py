@@ -71,6 +71,13 @@ FAMILIES: dict[str, dict[str, Recipe]] = {
             ),
             changes={"width": 200, "layers": 3, "margin": 0.05},
         ),
+        "glow": Recipe(
+            module="pygen.flows",
+            model="Glow",
+            config="GlowConfig",
+            training=TrainingConfig(steps=1200, batch_size=64, learning_rate=3e-3, betas=(0.9, 0.999), warmup=50),
+            changes={"scales": 2, "steps": 8, "width": 64, "margin": 0.05},
+        ),
         "maf": Recipe(
             module="pygen.flows",
             model="MAF",
@@ -89,20 +96,6 @@ FAMILIES: dict[str, dict[str, Recipe]] = {
             ),
             changes={"layers": 3, "hidden": 128},
         ),
-        "flowpp": Recipe(
-            module="pygen.flows",
-            model="FlowPP",
-            config="FlowPPConfig",
-            training=TrainingConfig(steps=400, batch_size=64, learning_rate=2e-3, betas=(0.9, 0.999), warmup=50),
-            changes={"width": 32, "blocks": 1, "components": 8, "dequantizer_blocks": 1, "margin": 0.05},
-        ),
-        "glow": Recipe(
-            module="pygen.flows",
-            model="Glow",
-            config="GlowConfig",
-            training=TrainingConfig(steps=1200, batch_size=64, learning_rate=3e-3, betas=(0.9, 0.999), warmup=50),
-            changes={"scales": 2, "steps": 8, "width": 64, "margin": 0.05},
-        ),
         "nsf": Recipe(
             module="pygen.flows",
             model="NeuralSplineFlow",
@@ -120,6 +113,21 @@ FAMILIES: dict[str, dict[str, Recipe]] = {
                 steps=1000, batch_size=128, learning_rate=3e-3, betas=(0.9, 0.99), weight_decay=1.0, warmup=50
             ),
             changes={"layers": 3, "hidden": 128, "blocks": 1},
+        ),
+        "flowpp": Recipe(
+            module="pygen.flows",
+            model="FlowPP",
+            config="FlowPPConfig",
+            training=TrainingConfig(steps=350, batch_size=64, learning_rate=2e-3, betas=(0.9, 0.999), warmup=50),
+            changes={"width": 32, "blocks": 1, "components": 8, "dequantizer_blocks": 1, "margin": 0.05},
+        ),
+        "tarflow": Recipe(
+            module="pygen.flows",
+            model="TarFlow",
+            config="TarFlowConfig",
+            training=TrainingConfig(
+                steps=800, batch_size=64, learning_rate=4e-3, betas=(0.9, 0.95), weight_decay=0.1, warmup=50
+            ),
         ),
     },
     "diffusion": {
