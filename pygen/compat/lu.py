@@ -50,22 +50,25 @@ def weight_inverse(layer: Any) -> Tensor:
     return inverse
 
 
-@functools.lru_cache
 def _places(features: int, device: torch.device) -> Tensor:
     """(2, features, features): where each entry of L and U is in [lower | upper | diagonal of U | 0 | 1]."""
+    if torch.compiler.is_compiling():
+        return _number(features, device)
     # A tensor made in inference mode could not be used in a later call outside of it.
     with torch.inference_mode(False):
-        return _fill_places(features, device)
+        return _numbered(features, device)
 
 
-def _fill_places(features: int, device: torch.device) -> Tensor:
+def _number(features: int, device: torch.device) -> Tensor:
     below = features * (features - 1) // 2
     zero, one = 2 * below + features, 2 * below + features + 1
-    places = torch.full((2, features, features), zero, device=device)
-    row, column = torch.tril_indices(features, features, -1, device=device)
-    places[0, row, column] = torch.arange(below, device=device)
-    row, column = torch.triu_indices(features, features, 1, device=device)
-    places[1, row, column] = torch.arange(below, 2 * below, device=device)
-    places[0].fill_diagonal_(one)
-    places[1].diagonal().copy_(torch.arange(2 * below, 2 * below + features, device=device))
-    return places
+    column = torch.arange(features, device=device)
+    row = column.unsqueeze(1)
+    before = row * (row - 1) // 2  # entries below the diagonal in the rows before
+    lower = torch.where(column < row, before + column, zero)
+    upper = torch.where(column > row, below + row * (features - 1) - before + column - row - 1, zero)
+    diagonal = column == row
+    return torch.stack((torch.where(diagonal, one, lower), torch.where(diagonal, 2 * below + row, upper)))
+
+
+_numbered = functools.lru_cache(_number)
