@@ -683,6 +683,18 @@ def test_hooks_and_order_of_modules_stay():
     assert [name for name, _ in model.named_modules()] == names
 
 
+@pytest.mark.parametrize("use", USES)
+def test_a_flow_compiles_to_one_graph(use):
+    """nflows' own is cut into several."""
+    model = spline_flow(features=4, layers=1)
+    x = torch.randn(3, 4)
+    expected = model.log_prob(x)
+    torch.compiler.reset()
+    with USES[use](model):
+        compiled = torch.compile(lambda x: model.log_prob(x), backend="aot_eager", fullgraph=True)
+        assert_same([compiled(x)], [expected], tolerance=1e-5)
+
+
 def test_density_made_keeps_its_masked_weights():
     made = nde_made.MixtureOfGaussiansMADE(3, 12, num_mixture_components=2).double().eval()
     x = torch.randn(5, 3, dtype=torch.float64)
