@@ -51,7 +51,8 @@ class ProgramChecker {
           "program has ", room, " numbers after its header, but its counts say otherwise");
     program_ = masked::read_program(code);
     check(program_.outputs == outputs, "program has ", program_.outputs, " outputs, but expected ", outputs);
-    check(program_.rows >= 0, "program has ", program_.rows, " rows");
+    check(program_.rows >= 0 && program_.rows < int64_t{1} << 31, "program has ", program_.rows,
+          " rows, but expected fewer than 2^31");
   }
 
   masked::Program checked() const {
@@ -67,9 +68,7 @@ class ProgramChecker {
     }
     for (int64_t i = 0; i < program_.instruction_count; ++i) {
       check(holds(program_.instructions[i]),
-            "program names a row, weight, constant or column that is not there in "
-            "instruction ",
-            i);
+            "program names a row, weight, constant or column that is not there in instruction ", i);
     }
     return program_;
   }
