@@ -11,6 +11,8 @@
 
 namespace pygen {
 
+enum class Degree : int64_t { kLinear = 1, kQuadratic, kCubic };
+
 template <class T>
 struct Piece {
   T x, width, y, height, slope0, slope1;
@@ -35,33 +37,57 @@ PYGEN_INLINE T piece_theta(T inside, T excess, T start, T size) {
   return excess < T(0) ? T(0) : excess > T(0) ? T(1) : theta;
 }
 
-template <class T>
-PYGEN_INLINE T piece_value(Piece<T> piece, T theta) {
-  const T rest = T(1) - theta, delta = piece.height / piece.width;
-  const T bend = T(3) * delta - piece.slope1;
-  return piece.y + piece.width * theta * (rest * (piece.slope0 * rest + bend * theta) + delta * theta * theta);
+template <Degree D, class T>
+PYGEN_INLINE T piece_value(Piece<T> piece, T theta, T rest) {
+  if constexpr (D == Degree::kLinear) {
+    return piece.y + piece.height * theta;
+  } else if constexpr (D == Degree::kQuadratic) {
+    return piece.y + piece.width * theta * (piece.slope0 + T(0.5) * theta * (piece.slope1 - piece.slope0));
+  } else {
+    const T delta = piece.height / piece.width, bend = T(3) * delta - piece.slope1;
+    return piece.y + piece.width * theta * (rest * (piece.slope0 * rest + bend * theta) + delta * theta * theta);
+  }
 }
 
-template <class T>
-PYGEN_INLINE T piece_slope(Piece<T> piece, T theta) {
-  const T rest = T(1) - theta, delta = piece.height / piece.width;
-  const T bend = T(3) * delta - piece.slope0 - piece.slope1;
-  return piece.slope0 * rest * rest + T(2) * bend * theta * rest + piece.slope1 * theta * theta;
+template <Degree D, class T>
+PYGEN_INLINE T piece_slope(Piece<T> piece, T theta, T rest) {
+  if constexpr (D == Degree::kLinear) {
+    return piece.slope0 + T(0) * theta;  // NaN stays NaN
+  } else if constexpr (D == Degree::kQuadratic) {
+    return piece.slope0 * rest + piece.slope1 * theta;
+  } else {
+    const T bend = T(3) * (piece.height / piece.width) - piece.slope0 - piece.slope1;
+    return piece.slope0 * rest * rest + T(2) * bend * theta * rest + piece.slope1 * theta * theta;
+  }
+}
+
+// The slope's derivative with respect to theta.
+template <Degree D, class T>
+PYGEN_INLINE T piece_turn(Piece<T> piece, T theta, T rest) {
+  if constexpr (D == Degree::kLinear) {
+    return T(0);
+  } else if constexpr (D == Degree::kQuadratic) {
+    return piece.slope1 - piece.slope0;
+  } else {
+    return piece.slope0 * (T(2) * theta - T(4) * rest) + piece.slope1 * (T(4) * theta - T(2) * rest) +
+           T(6) * (piece.height / piece.width) * (rest - theta);
+  }
 }
 
 // The equation start theta + ... = value of a piece scaled to the unit square once more, seen from the end that is
-// nearer: there its root has most digits. Mirrored, where eta = (y - y_k) / h is nearer to 1, the root is 1 - theta.
+// nearer: there its root has most digits. Mirrored, where the share `eta` of h is more than the rest, the root is
+// 1 - theta.
 template <class T>
 struct PieceEquation {
   T value, start, end;  // the slopes at this end and the other
 };
 
 template <class T>
-PYGEN_INLINE PieceEquation<T> piece_equation(Piece<T> piece, T eta) {
+PYGEN_INLINE PieceEquation<T> piece_equation(Piece<T> piece, T eta, T rest) {
   const T over_delta = piece.width / piece.height;
   const T slope0 = piece.slope0 * over_delta, slope1 = piece.slope1 * over_delta;
-  const bool mirrored = eta > T(0.5);
-  return {mirrored ? T(1) - eta : eta, mirrored ? slope1 : slope0, mirrored ? slope0 : slope1};
+  const bool mirrored = eta > rest;
+  return {mirrored ? rest : eta, mirrored ? slope1 : slope0, mirrored ? slope0 : slope1};
 }
 
 // The root of start theta + (3 - 2 start - end) theta^2: of the piece itself, where it is linear or quadratic.
@@ -96,42 +122,49 @@ constexpr int kCubicSteps = sizeof(T) == 4 ? 5 : 7;
 template <class T>
 constexpr T kLeastBend = T(0.3);
 
-// Gradients with respect to a piece's numbers, from the data side: going forward the output was y and ladj = log dy/dx;
-// going back it was x and ladj = -log dy/dx, with x a function of y and the piece by the implicit function theorem.
+// Gradients with respect to a piece's numbers. Going forward the output is y and ladj = log dy/dx; going back it is x
+// and ladj = -log dy/dx, with x a function of y and the piece by the implicit function theorem. A linear piece is a
+// function of x_k, y_k, w, h and d, a quadratic one of x_k, y_k, w, d and d': the others have none.
 template <class T>
 struct PieceGradient {
   T input, x, width, y, height, slope0, slope1;
 };
 
-// `excess` is that of x in the unit square.
-template <bool kInverse, class T>
-PYGEN_INLINE PieceGradient<T> piece_gradient(Piece<T> piece, T theta, T excess, T grad_output, T grad_ladj) {
-  const T rest = T(1) - theta, both = theta * rest;
-  const T over_width = T(1) / piece.width, delta = piece.height * over_width;
-  const T slope = piece_slope(piece, theta);
+// `excess` is that of the input in the unit square.
+template <Degree D, bool kInverse, class T>
+PYGEN_INLINE PieceGradient<T> piece_gradient(Piece<T> piece, T theta, T rest, T excess, T grad_output, T grad_ladj) {
+  const T both = theta * rest, over_width = T(1) / piece.width, delta = piece.height * over_width;
+  const T slope = piece_slope<D>(piece, theta, rest);
   const T through_slope = (kInverse ? -grad_ladj : grad_ladj) / slope;
+  const T excess_of_x = kInverse ? excess / slope : excess;
   const bool outside = excess != T(0);
 
-  // The slope's derivative with respect to theta, and what comes through theta as it moves with x.
-  const T turn =
-      piece.slope0 * (T(6) * theta - T(4)) + piece.slope1 * (T(6) * theta - T(2)) + T(6) * delta * (rest - theta);
-  const T bend = outside ? T(0) : through_slope * turn * over_width;
+  // What comes through theta as it moves with x, and through y; outside y moves with the end slope only.
+  const T bend = outside ? T(0) : through_slope * piece_turn<D>(piece, theta, rest) * over_width;
   const T input = kInverse ? (grad_output + bend) / slope : grad_output * slope + bend;
-  const T through_y = kInverse ? -input : grad_output;
+  const T through_image = kInverse ? -input : grad_output;
   const T moved = outside ? T(0) : kInverse ? -grad_output : input;
+  const T through_y = outside ? T(0) : through_image;
 
-  const T grad_height = through_y * theta * theta * (T(1) + T(2) * rest) + through_slope * T(6) * both * over_width;
-  const T grad_width = through_y * both * (piece.slope0 * rest - piece.slope1 * theta) -
-                       through_slope * T(6) * delta * both * over_width - moved * theta;
-  const T grad_slope0 = through_y * piece.width * both * rest + through_slope * rest * (rest - T(2) * theta);
-  const T grad_slope1 = through_slope * theta * (theta - T(2) * rest) - through_y * piece.width * both * theta;
-  return {input,
-          -moved,
-          outside ? T(0) : grad_width,
-          outside ? T(0) : through_y,
-          outside ? T(0) : grad_height,
-          grad_slope0 + (excess < T(0) ? through_y * excess : T(0)),
-          grad_slope1 + (excess > T(0) ? through_y * excess : T(0))};
+  T width = -moved * theta, height = T(0), slope0 = T(0), slope1 = T(0);
+  if constexpr (D == Degree::kLinear) {
+    height = through_y * theta;
+    slope0 = through_slope;
+  } else if constexpr (D == Degree::kQuadratic) {
+    const T half = T(0.5) * theta;
+    width += through_y * theta * (piece.slope0 + half * (piece.slope1 - piece.slope0));
+    slope0 = through_y * piece.width * theta * (T(1) - half) + through_slope * rest;
+    slope1 = through_y * piece.width * theta * half + through_slope * theta;
+  } else {
+    const T curved = outside ? T(0) : through_slope * T(6) * both * over_width;
+    width += through_y * both * (piece.slope0 * rest - piece.slope1 * theta) - curved * delta;
+    height = through_y * theta * theta * (T(1) + T(2) * rest) + curved;
+    slope0 = through_y * piece.width * both * rest + through_slope * rest * (rest - T(2) * theta);
+    slope1 = through_slope * theta * (theta - T(2) * rest) - through_y * piece.width * both * theta;
+  }
+  slope0 += excess < T(0) ? through_image * excess_of_x : T(0);
+  slope1 += excess > T(0) ? through_image * excess_of_x : T(0);
+  return {input, -moved, width, through_y, height, slope0, slope1};
 }
 
 }  // namespace pygen

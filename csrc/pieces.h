@@ -18,8 +18,6 @@ namespace pygen {
 
 constexpr int kMinPieces = 2, kMaxPieces = 128;
 
-enum class Degree : int64_t { kLinear = 1, kQuadratic, kCubic };
-
 template <class T>
 struct PiecewiseOptions {
   Degree degree;
@@ -54,18 +52,18 @@ struct LinearPieces : Pieces<L, T> {};
 template <bool kInverse, int L, class T>
 PYGEN_INLINE void find_pieces(const T* value, T* rows, const PiecewiseOptions<T>& options, LinearPieces<L, T>& found) {
   const T bins = static_cast<T>(options.bins), width = T(1) / bins;
-  T sum[L];
+  T sum[L], lost[L];
   to_shares<L>(rows, options.bins, options.scale, options.heights);
   PYGEN_LANES
   for (int l = 0; l < L; ++l) {
-    sum[l] = found.index[l] = found.y[l] = T(0);
+    sum[l] = lost[l] = found.index[l] = found.y[l] = T(0);
     found.height[l] = rows[l];
   }
   for (int k = 1; k < options.bins; ++k) {
     const T index = static_cast<T>(k);
     PYGEN_LANES
     for (int l = 0; l < L; ++l) {
-      sum[l] += rows[(k - 1) * L + l];
+      add_exactly(rows[(k - 1) * L + l], sum[l], lost[l]);
       const bool past = kInverse ? value[l] >= sum[l] : value[l] * bins >= index;
       found.index[l] = scalar::pick(past, index, found.index[l]);
       found.y[l] = scalar::pick(past, sum[l], found.y[l]);
@@ -122,7 +120,7 @@ PYGEN_INLINE void find_pieces(const T* value, T* rows, const PiecewiseOptions<T>
                               QuadraticPieces<L, T>& found) {
   const int bins = options.bins, count = options.heights_of_quadratic();
   T* const heights = rows + bins * L;
-  T sum[L], area[L];
+  T sum[L], area[L], lost[L], lost_area[L];
   to_shares<L>(rows, bins, options.scale, options.widths);
   for (int j = 0; j < count; ++j) {
     PYGEN_LANES
@@ -131,12 +129,14 @@ PYGEN_INLINE void find_pieces(const T* value, T* rows, const PiecewiseOptions<T>
     }
   }
   PYGEN_LANES
-  for (int l = 0; l < L; ++l) sum[l] = area[l] = found.before[l] = found.index[l] = found.x[l] = T(0);
+  for (int l = 0; l < L; ++l) {
+    sum[l] = area[l] = lost[l] = lost_area[l] = found.before[l] = found.index[l] = found.x[l] = T(0);
+  }
   const int ends = options.tails ? 1 : 0;
   for (int j = ends; j < bins - ends; ++j) {
     const T *const v0 = heights + (j - ends) * L, *const v1 = v0 + L;
     PYGEN_LANES
-    for (int l = 0; l < L; ++l) area[l] += rows[j * L + l] * (T(0.5) * (v0[l] + v1[l]));
+    for (int l = 0; l < L; ++l) add_exactly(rows[j * L + l] * (T(0.5) * (v0[l] + v1[l])), area[l], lost_area[l]);
   }
   if (options.tails) {
     const T *const widths = rows + (bins - 1) * L, *const last = heights + (count - 1) * L;
@@ -155,7 +155,7 @@ PYGEN_INLINE void find_pieces(const T* value, T* rows, const PiecewiseOptions<T>
     found.width[l] = rows[l];
     found.start[l] = first[l];
     found.finish[l] = second[l];
-    area[l] = T(0);
+    area[l] = lost_area[l] = T(0);
   }
   for (int k = 1; k < bins; ++k) {
     const T index = static_cast<T>(k);
@@ -164,8 +164,8 @@ PYGEN_INLINE void find_pieces(const T* value, T* rows, const PiecewiseOptions<T>
     PYGEN_LANES
     for (int l = 0; l < L; ++l) {
       const T width = rows[(k - 1) * L + l];
-      sum[l] += width;
-      area[l] += width * (T(0.5) * (v0[l] + v1[l]));
+      add_exactly(width, sum[l], lost[l]);
+      add_exactly(width * (T(0.5) * (v0[l] + v1[l])), area[l], lost_area[l]);
       const bool past = value[l] >= (kInverse ? options.heights.least * sum[l] + found.unit[l] * area[l] : sum[l]);
       found.index[l] = scalar::pick(past, index, found.index[l]);
       found.x[l] = scalar::pick(past, sum[l], found.x[l]);
@@ -194,20 +194,18 @@ PYGEN_INLINE void parameter_gradients(const QuadraticPieces<L, T>& found, const 
   const T scale = options.scale, end_weight = options.end_weight;
   const T least = options.heights.least, over_rest = T(1) / options.heights.rest;
   // Of the area before the piece, of all of it, and of an end bin's share in the end heights; of v at the piece's ends;
-  // of the widths before the piece, and of its own.
-  T before[L], whole[L], ends[L], start[L], finish[L], moved[L], own[L];
+  // of the widths before the piece.
+  T before[L], whole[L], ends[L], start[L], finish[L], moved[L];
   PYGEN_LANES
   for (int l = 0; l < L; ++l) {
-    const T unit = found.unit[l], half = T(0.5) * grad.height[l] * found.width[l];
-    const T start_area = unit * (grad.slope0[l] + half), finish_area = unit * (grad.slope1[l] + half);
-    const T areas = found.before[l] * unit * grad.y[l] + found.start[l] * start_area + found.finish[l] * finish_area;
+    const T unit = found.unit[l], slope0 = unit * grad.slope0[l], slope1 = unit * grad.slope1[l];
     before[l] = unit * grad.y[l];
-    start[l] = start_area;
-    finish[l] = finish_area;
-    whole[l] = -over_rest * unit * areas;
+    start[l] = slope0;
+    finish[l] = slope1;
+    whole[l] =
+        -over_rest * unit * (found.before[l] * (unit * grad.y[l]) + found.start[l] * slope0 + found.finish[l] * slope1);
     ends[l] = T(0);
     moved[l] = grad.x[l] + least * grad.y[l];
-    own[l] = grad.width[l] + T(0.5) * grad.height[l] * (found.slope0[l] + found.slope1[l]);
   }
   if (options.tails) {
     const T *const first = rows, *const last = rows + (bins - 1) * L, last_bin = static_cast<T>(bins - 1);
@@ -233,7 +231,8 @@ PYGEN_INLINE void parameter_gradients(const QuadraticPieces<L, T>& found, const 
     of_area(j, to);
     PYGEN_LANES
     for (int l = 0; l < L; ++l) {
-      const T direct = scalar::pick(k < found.index[l], moved[l], scalar::pick(k == found.index[l], own[l], T(0)));
+      const T direct =
+          scalar::pick(k < found.index[l], moved[l], scalar::pick(k == found.index[l], grad.width[l], T(0)));
       to[l] = T(0.5) * (v0[l] + v1[l]) * to[l] + direct;
     }
   };
@@ -315,12 +314,12 @@ template <bool kInverse, int L, class T>
 PYGEN_INLINE void find_pieces(const T* value, T* rows, const PiecewiseOptions<T>& options, CubicPieces<L, T>& found) {
   const int bins = options.bins;
   T* const heights = rows + bins * L;
-  T x[L], y[L];
+  T x[L], y[L], lost_x[L], lost_y[L];
   to_shares<L>(rows, bins, options.scale, options.widths);
   to_shares<L>(heights, bins, options.scale, options.heights);
   PYGEN_LANES
   for (int l = 0; l < L; ++l) {
-    x[l] = y[l] = found.index[l] = found.x[l] = found.y[l] = T(0);
+    x[l] = y[l] = lost_x[l] = lost_y[l] = found.index[l] = found.x[l] = found.y[l] = T(0);
     found.width0[l] = found.width[l] = rows[l];
     found.height0[l] = found.height[l] = heights[l];
     found.width2[l] = rows[L + l];
@@ -331,8 +330,8 @@ PYGEN_INLINE void find_pieces(const T* value, T* rows, const PiecewiseOptions<T>
     const int before = (k - 1) * L, own = k * L, after = (k + 1 < bins ? k + 1 : k) * L;
     PYGEN_LANES
     for (int l = 0; l < L; ++l) {
-      x[l] += rows[before + l];
-      y[l] += heights[before + l];
+      add_exactly(rows[before + l], x[l], lost_x[l]);
+      add_exactly(heights[before + l], y[l], lost_y[l]);
       const bool past = value[l] >= (kInverse ? y[l] : x[l]);
       found.index[l] = scalar::pick(past, index, found.index[l]);
       found.x[l] = scalar::pick(past, x[l], found.x[l]);

@@ -18,28 +18,40 @@ struct PiecesOf<Degree::kCubic, L, T> : CubicPieces<L, T> {};
 // Loops over lanes have no named structs but such as only their fields are read of: GCC keeps others in memory, and the
 // loop scalar.
 
-// theta of L values of the image, whose parts of it are `inside`.
-template <Degree D, int L, class T>
-PYGEN_INLINE void piece_roots(const Pieces<L, T>& found, const T* inside, const T* excess, T* theta) {
-  constexpr T least_bend = D == Degree::kCubic ? kLeastBend<T> : std::numeric_limits<T>::lowest();
-  T eta[L], value[L], start[L], end[L], low[L], high[L];
+// Where in their pieces L values lie that are `inside` of their interval, the image's with kInverse: theta and 1 -
+// theta, each with all its digits where the root is near its end.
+template <Degree D, bool kInverse, int L, class T>
+PYGEN_INLINE void locate(const Pieces<L, T>& found, const T* inside, const T* excess, T* theta, T* rest) {
   PYGEN_LANES
   for (int l = 0; l < L; ++l) {
-    eta[l] = piece_theta(inside[l], excess[l], found.y[l], found.height[l]);
-    const PieceEquation<T> equation = piece_equation(found.at(l), eta[l]);
-    theta[l] = quadratic_root(equation.value, equation.start, equation.end, least_bend);
-    value[l] = equation.value;
-    start[l] = equation.start;
-    end[l] = equation.end;
-    low[l] = T(0);
-    high[l] = T(1);
+    const T start = kInverse ? found.y[l] : found.x[l], size = kInverse ? found.height[l] : found.width[l];
+    theta[l] = piece_theta(inside[l], excess[l], start, size);
+    rest[l] = T(1) - theta[l];
   }
-  for (int i = 0; i < (D == Degree::kCubic ? kCubicSteps<T> : 0); ++i) {
+  if constexpr (kInverse) {
+    constexpr T least_bend = D == Degree::kCubic ? kLeastBend<T> : std::numeric_limits<T>::lowest();
+    T value[L], start[L], end[L], root[L], low[L], high[L];
     PYGEN_LANES
-    for (int l = 0; l < L; ++l) theta[l] = cubic_step(value[l], start[l], end[l], theta[l], low[l], high[l]);
+    for (int l = 0; l < L; ++l) {
+      const PieceEquation<T> equation = piece_equation(found.at(l), theta[l], rest[l]);
+      root[l] = quadratic_root(equation.value, equation.start, equation.end, least_bend);
+      value[l] = equation.value;
+      start[l] = equation.start;
+      end[l] = equation.end;
+      low[l] = T(0);
+      high[l] = T(1);
+    }
+    for (int i = 0; i < (D == Degree::kCubic ? kCubicSteps<T> : 0); ++i) {
+      PYGEN_LANES
+      for (int l = 0; l < L; ++l) root[l] = cubic_step(value[l], start[l], end[l], root[l], low[l], high[l]);
+    }
+    PYGEN_LANES
+    for (int l = 0; l < L; ++l) {
+      const bool mirrored = theta[l] > rest[l];
+      theta[l] = scalar::pick(mirrored, T(1) - root[l], root[l]);
+      rest[l] = scalar::pick(mirrored, root[l], T(1) - root[l]);
+    }
   }
-  PYGEN_LANES
-  for (int l = 0; l < L; ++l) theta[l] = scalar::pick(eta[l] > T(0.5), T(1) - theta[l], theta[l]);
 }
 
 // The splines of L elements: images and each element's own ladj.
@@ -50,23 +62,18 @@ PYGEN_INLINE void piecewise(const T* value, T* rows, const PiecewiseOptions<T>& 
   const T stretch = (options.top - options.bottom) / (options.right - options.left);
   const bool tails = options.tails;
   PiecesOf<D, L, T> found;
-  T inside[L], excess[L], theta[L];
+  T inside[L], excess[L], theta[L], rest[L];
   PYGEN_LANES
   for (int l = 0; l < L; ++l) {
     inside[l] = piece_inside(value[l], low, high);
     excess[l] = piece_excess(value[l], low, high);
   }
   find_pieces<kInverse>(inside, rows, options, found);
-  if constexpr (kInverse) {
-    piece_roots<D, L, T>(found, inside, excess, theta);
-  } else {
-    PYGEN_LANES
-    for (int l = 0; l < L; ++l) theta[l] = piece_theta(inside[l], excess[l], found.x[l], found.width[l]);
-  }
+  locate<D, kInverse, L, T>(found, inside, excess, theta, rest);
   PYGEN_LANES
   for (int l = 0; l < L; ++l) {
-    const T slope = stretch * piece_slope(found.at(l), theta[l]);
-    const T share = kInverse ? found.x[l] + found.width[l] * theta[l] : piece_value(found.at(l), theta[l]);
+    const T slope = stretch * piece_slope<D>(found.at(l), theta[l], rest[l]);
+    const T share = kInverse ? found.x[l] + found.width[l] * theta[l] : piece_value<D>(found.at(l), theta[l], rest[l]);
     const T mapped = from + (to - from) * share + (kInverse ? excess[l] / slope : excess[l] * slope);
     const T logarithm = kInverse ? -scalar::log(slope) : scalar::log(slope);
     const bool identity = tails & (excess[l] != T(0));
@@ -75,32 +82,31 @@ PYGEN_INLINE void piecewise(const T* value, T* rows, const PiecewiseOptions<T>& 
   }
 }
 
-// Gradients of `piecewise` at L elements, given x on the data side whatever the direction was. The rows are overwritten
-// with the gradients of the parameters.
+// Gradients of `piecewise` at L elements. The rows are overwritten with the gradients of the parameters.
 template <Degree D, bool kInverse, int L, class T>
-PYGEN_INLINE void piecewise_gradient(const T* x, T* rows, const T* grad_output, const T* grad_ladj,
+PYGEN_INLINE void piecewise_gradient(const T* value, T* rows, const T* grad_output, const T* grad_ladj,
                                      const PiecewiseOptions<T>& options, T* grad_input) {
-  const T left = options.left, right = options.right, width = right - left, height = options.top - options.bottom;
+  const T low = kInverse ? options.bottom : options.left, high = kInverse ? options.top : options.right;
+  const T span = high - low, other_span = kInverse ? options.right - options.left : options.top - options.bottom;
   const bool tails = options.tails;
   PiecesOf<D, L, T> found;
   Pieces<L, T> grad;
-  T inside[L], excess[L];
+  T inside[L], excess[L], theta[L], rest[L];
   PYGEN_LANES
   for (int l = 0; l < L; ++l) {
-    inside[l] = piece_inside(x[l], left, right);
-    excess[l] = piece_excess(x[l], left, right);
+    inside[l] = piece_inside(value[l], low, high);
+    excess[l] = piece_excess(value[l], low, high);
   }
-  find_pieces<false>(inside, rows, options, found);
+  find_pieces<kInverse>(inside, rows, options, found);
+  locate<D, kInverse, L, T>(found, inside, excess, theta, rest);
   PYGEN_LANES
   for (int l = 0; l < L; ++l) {
-    const T theta = piece_theta(inside[l], excess[l], found.x[l], found.width[l]);
     const bool identity = tails & (excess[l] != T(0));
-    // In the unit square.
-    const T grad_image = scalar::pick(identity, T(0), grad_output[l] * (kInverse ? width : height));
+    const T grad_image = scalar::pick(identity, T(0), grad_output[l] * other_span);  // in the unit square
     const T grad_logarithm = scalar::pick(identity, T(0), grad_ladj[l]);
     const PieceGradient<T> gradient =
-        piece_gradient<kInverse>(found.at(l), theta, excess[l] / width, grad_image, grad_logarithm);
-    grad_input[l] = scalar::pick(identity, grad_output[l], gradient.input / (kInverse ? height : width));
+        piece_gradient<D, kInverse>(found.at(l), theta[l], rest[l], excess[l] / span, grad_image, grad_logarithm);
+    grad_input[l] = scalar::pick(identity, grad_output[l], gradient.input / span);
     grad.x[l] = gradient.x;
     grad.width[l] = gradient.width;
     grad.y[l] = gradient.y;

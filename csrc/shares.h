@@ -15,14 +15,22 @@ struct Shares {
   T least, rest;
 };
 
+// Adds a term to a sum, and what rounding drops of it to the next term (Kahan 1965): K shares add to 1.
+template <class T>
+PYGEN_INLINE void add_exactly(T term, T& sum, T& lost) {
+  const T whole = term - lost, next = sum + whole;
+  lost = (next - sum) - whole;
+  sum = next;
+}
+
 // Rows 0 .. K-1 of unconstrained parameters turned to shares.
 template <int L, class T>
 PYGEN_INLINE void to_shares(T* rows, int bins, T scale, const Shares<T>& shares) {
-  T peak[L], total[L];
+  T peak[L], total[L], lost[L];
   PYGEN_LANES
   for (int l = 0; l < L; ++l) {
     peak[l] = -std::numeric_limits<T>::infinity();
-    total[l] = T(0);
+    total[l] = lost[l] = T(0);
   }
   for (int j = 0; j < bins; ++j) {
     PYGEN_LANES
@@ -36,7 +44,7 @@ PYGEN_INLINE void to_shares(T* rows, int bins, T scale, const Shares<T>& shares)
     for (int l = 0; l < L; ++l) {
       const T e = scalar::exp(rows[j * L + l] - peak[l]);
       rows[j * L + l] = e;
-      total[l] += e;
+      add_exactly(e, total[l], lost[l]);
     }
   }
   PYGEN_LANES

@@ -63,23 +63,16 @@ def _backward_fake(x: Tensor, parameters: Sequence[Tensor], *_: Any) -> tuple[Te
 def _backward_reference(
     x: Tensor, parts: Sequence[Tensor], grad_output: Tensor, grad_ladj: Tensor, spline: Spline, inverse: bool
 ) -> tuple[Tensor, ...]:
-    """The first derivative from differentiable operations, for second derivatives. x is the value on the data side."""
+    """The first derivative from differentiable operations, for second derivatives."""
 
-    def forward(x: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
-        return evaluate(x, parts, spline, inverse=False)
+    def transform(x: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        return evaluate(x, parts, spline, inverse)
 
     dtype = arithmetic_dtype(x)
-    (y, ladj), pull = torch.func.vjp(  # type: ignore[misc]  # annotated for an auxiliary output as well
-        forward, x.to(dtype), *(part.to(dtype) for part in parts)
+    _, pull = torch.func.vjp(  # type: ignore[misc]  # annotated for an auxiliary output as well
+        transform, x.to(dtype), *(part.to(dtype) for part in parts)
     )
-    grad_output, grad_ladj = grad_output.to(dtype), grad_ladj.to(dtype)
-    if inverse:
-        # By the implicit function theorem: y = f(x, parameters), and ladj is that of f with its sign changed.
-        slope = pull((torch.ones_like(y), torch.zeros_like(ladj)))[0]
-        grad_input = (grad_output + pull((torch.zeros_like(y), -grad_ladj))[0]) / slope
-        _, *grads = pull((-grad_input, -grad_ladj))
-    else:
-        grad_input, *grads = pull((grad_output, grad_ladj))
+    grad_input, *grads = pull((grad_output.to(dtype), grad_ladj.to(dtype)))
     return grad_input.to(x.dtype), *(grad.to(part.dtype) for grad, part in zip(grads, parts, strict=True))
 
 
@@ -88,13 +81,13 @@ def _kernel(kernels: Any, inverse: bool) -> Any:
 
 
 class _Piecewise(torch.autograd.Function):
-    """Saves the value on the data side of the transform and the parameters, nothing else."""
+    """Saves its input and the parameters, nothing else."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, spline: Spline, inverse: bool, *parts: Tensor) -> tuple[Tensor, Tensor]:
         y, ladj = _kernel(_native.kernels_for(x), inverse)(x, parts, *spline)
         ctx.spline, ctx.inverse = spline, inverse
-        ctx.save_for_backward(y if inverse else x, *parts)
+        ctx.save_for_backward(x, *parts)
         return y, ladj
 
     @staticmethod
