@@ -22,10 +22,13 @@ def rerun(block: MetaBlock, y: Tensor) -> Tensor:
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """The digits' block, and 64 and 256 tokens; a ratio below one is how many forwards the way back costs."""
+    """The digits' block and larger ones. One forward costs a share of the inverse: its ratio is that share.
+
+    One picture alone waits for the calls of small operations, or for the weights, which every step reads anew.
+    """
     settings = [
-        (1, (1, 8, 8), 2, 64, 2), (64, (1, 8, 8), 2, 64, 2), (1, (3, 32, 32), 4, 256, 4), (16, (3, 32, 32), 4, 256, 4),
-        (1, (3, 32, 32), 2, 256, 4), (16, (3, 32, 32), 2, 256, 4),
+        (1, (1, 8, 8), 2, 64, 1), (100, (1, 8, 8), 2, 64, 1), (1, (3, 32, 32), 4, 256, 4),
+        (16, (3, 32, 32), 4, 256, 4), (1, (3, 32, 32), 2, 256, 4),
     ]  # fmt: skip
     for n, shape, patch, width, layers in settings:
         block = MetaBlock(shape, patch=patch, width=width, layers=layers).to(device).eval()
@@ -39,5 +42,5 @@ def cases(device: torch.device) -> Iterator[Case]:
             "TarFlow block, inverse", f"{n} pictures, {tokens}x{width}x{layers}",
             lambda block=block, y=y: block.inverse(y),
             {"run again": lambda block=block, y=y: rerun(block, y), "one forward": lambda block=block, y=y: block(y)},
-            targets={"run again": tokens / 8},
+            targets={"run again": tokens / 8} if n > 1 else {},
         )  # fmt: skip
