@@ -14,7 +14,8 @@ constexpr const char* kSchemas[] = {
     "float epsilon, int event_dims) -> (Tensor x, Tensor ladj)",
     "affine_backward(Tensor x, Tensor raw_scale, Tensor grad_output, Tensor grad_ladj, int activation, float limit, "
     "float offset, float epsilon, int event_dims, bool inverse) -> (Tensor grad_input, Tensor grad_raw_scale)",
-    // spline: [K widths | K heights | derivatives] for each element, in one tensor or three; bounds = left, right, bottom,
+    // spline: [K widths | K heights | derivatives] for each element, in one tensor or three; bounds = left, right,
+    // bottom,
     // top; minimums = bin width, bin height, derivative; where these or the tails differ along x's last dimension,
     // dimensions, (5, C), has the bounds and the tails
     "rational_quadratic_spline_forward(Tensor x, Tensor[] parameters, Tensor? dimensions, int bins, int tails, "
@@ -38,7 +39,8 @@ constexpr const char* kSchemas[] = {
     "logistic_mixture_inverse(Tensor y, Tensor[] parameters, int event_dims) -> (Tensor x, Tensor ladj)",
     "logistic_mixture_backward(Tensor x, Tensor[] parameters, Tensor grad_output, Tensor grad_ladj, int event_dims, "
     "bool inverse) -> (Tensor grad_input, Tensor grad_parameters)",
-    // piecewise: a polynomial spline of degree 1 to 3; parameters in one tensor or one of each kind; bounds = left, right,
+    // piecewise: a polynomial spline of degree 1 to 3; parameters in one tensor or one of each kind; bounds = left,
+    // right,
     // bottom, top; minimums = bin width, bin height
     "piecewise_spline_forward(Tensor x, Tensor[] parameters, int degree, int bins, bool tails, float[] bounds, "
     "float[] minimums, float end_weight, float scale, int event_dims) -> (Tensor y, Tensor ladj)",
