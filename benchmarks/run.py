@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 FAMILIES = (
-    "coupling", "spline", "mixture", "masked", "memory", "compat", "schedule", "noise", "cache", "sampling", "tarflow",
-    "compat_zuko",
+    "coupling", "spline", "piecewise", "mixture", "masked", "flows_small", "memory", "compat", "schedule", "noise",
+    "cache", "sampling", "tarflow", "compat_zuko",
 )  # fmt: skip
 
 # glibc hands fresh pages to every large output, and their faults would hide the kernels; see --allocator.

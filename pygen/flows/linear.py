@@ -17,6 +17,9 @@ from pygen.nn.kept import Kept
 
 INITIALIZATIONS = ("rotation", "identity")
 
+# Up to here a product of matrices for each sample beats a convolution, which packs its weights at each call.
+_FEW_CHANNELS = 32
+
 _matrices: Kept[Tensor] = Kept()
 _inverses: Kept[Tensor] = Kept()
 
@@ -107,5 +110,9 @@ def _mix(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.to(x.dtype)
     if x.dim() == 2:
         return F.linear(x, weight, bias)
-    mixed = F.conv1d(x.flatten(2), weight.unsqueeze(-1), bias)
+    positions = x.flatten(2)
+    if len(weight) > _FEW_CHANNELS:
+        return F.conv1d(positions, weight.unsqueeze(-1), bias).view(x.shape)
+    weights = weight.expand(len(x), *weight.shape)
+    mixed = torch.bmm(weights, positions) if bias is None else torch.baddbmm(bias.view(-1, 1), weights, positions)
     return mixed.view(x.shape)
