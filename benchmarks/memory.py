@@ -25,8 +25,7 @@ def glow_stack(depth: int, channels: int, memory: str) -> Stack:
     layers = []
     for _ in range(depth):
         conditioner = GlowConditioner(channels // 2, channels, WIDTH)
-        last = conditioner.net[-1]
-        torch.nn.init.normal_(last.weight, std=0.01)
+        torch.nn.init.normal_(conditioner.last.weight, std=0.01)
         coupling = AffineCoupling(conditioner, activation="sigmoid", offset=2.0)
         layers += [ActNorm(channels), InvertibleLinear(channels), coupling]
     return Stack(layers, memory=memory)

@@ -76,12 +76,12 @@ PYGEN_CLONES void turn_doubles(const double* from, int64_t from_stride, int64_t 
 
 }  // namespace
 
-void turn_to_lanes(const float* records, int64_t n, int64_t count, float* lanes) {
-  turn_floats(records, count, n, count, lanes, kLanes);
+void turn_to_lanes(const float* records, int64_t apart, int64_t n, int64_t count, float* lanes) {
+  turn_floats(records, apart, n, count, lanes, kLanes);
 }
 
-void turn_to_lanes(const double* records, int64_t n, int64_t count, double* lanes) {
-  turn_doubles(records, count, n, count, lanes, kLanes);
+void turn_to_lanes(const double* records, int64_t apart, int64_t n, int64_t count, double* lanes) {
+  turn_doubles(records, apart, n, count, lanes, kLanes);
 }
 
 void turn_to_records(const float* lanes, int64_t n, int64_t count, float* records) {

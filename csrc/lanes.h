@@ -13,12 +13,16 @@
 
 namespace pygen {
 
+template <class T>
+constexpr ScalarType own_dtype = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+
 // Two of the widest vectors of float: loops of this constant length unroll, and have no tail that rounds otherwise.
 constexpr int64_t kLanes = 32;
 
-// (n, count) records to count arrays of kLanes, and back. Vectorised in lanes.cpp.
-void turn_to_lanes(const float* records, int64_t n, int64_t count, float* lanes);
-void turn_to_lanes(const double* records, int64_t n, int64_t count, double* lanes);
+// (n, count) records, `apart` from one to the next, to count arrays of kLanes, and dense ones back. Vectorised in
+// lanes.cpp.
+void turn_to_lanes(const float* records, int64_t apart, int64_t n, int64_t count, float* lanes);
+void turn_to_lanes(const double* records, int64_t apart, int64_t n, int64_t count, double* lanes);
 void turn_to_records(const float* lanes, int64_t n, int64_t count, float* records);
 void turn_to_records(const double* lanes, int64_t n, int64_t count, double* records);
 
@@ -36,17 +40,19 @@ struct Records {
   bool planar() const {
     return stride != 1 && elements.event_dims > 0 && elements.event_strides[elements.event_dims - 1] == 1;
   }
+
+  // Whether elements lie evenly spaced and their parameters side by side, as packed parameters and slices of them do.
+  bool even() const { return (stride == 1 || count == 1) && elements.event_dims <= 1; }
+  int64_t apart() const { return elements.event_dims == 1 ? elements.event_strides[0] : count; }
 };
 
-// Asks for the numbers of a dense tensor that the next block will read, while this one is computed.
-inline void prefetch(const Rows& rows, int64_t start, int64_t n) {
-  constexpr int64_t kLine = 64;
-  for_dtype(rows.dtype, [&](auto stored) {
-    using Stored = decltype(stored);
-    const Stored* const from = static_cast<const Stored*>(rows.data) + start;
-    const int64_t step = kLine / static_cast<int64_t>(sizeof(Stored));
-    for (int64_t i = 0; i < std::min(n, rows.width - start); i += step) __builtin_prefetch(from + i);
-  });
+// Asks for the records that the next block will read, while this one is computed.
+template <class T>
+inline void prefetch_records(const T* records, int64_t apart, int64_t n, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t k = 0; k < count; k += kLine) __builtin_prefetch(records + i * apart + k);
+  }
 }
 
 // Elements start .. start + n of a tensor as (count, kLanes), zeros beyond n. `scratch` is kLanes * count numbers.
@@ -67,9 +73,13 @@ inline void read_lanes(const Records& records, int64_t start, int64_t n, T* lane
         done += run;
       }
     });
+  } else if (records.even() && records.elements.dtype == own_dtype<T>) {
+    const int64_t apart = records.apart();
+    const T* const from = static_cast<const T*>(records.elements.data) + start * apart;
+    turn_to_lanes(from, apart, n, count, lanes);
+    prefetch_records(from + n * apart, apart, std::min(kLanes, records.elements.width - start - n), count);
   } else {
-    turn_to_lanes(read_block(records.values, 0, start * count, n * count, scratch), n, count, lanes);
-    if (records.values.dense()) prefetch(records.values, (start + n) * count, kLanes * count);
+    turn_to_lanes(read_block(records.values, 0, start * count, n * count, scratch), count, n, count, lanes);
   }
   if (n < kLanes) {
     for (int64_t k = 0; k < count; ++k) std::fill(lanes + k * kLanes + n, lanes + (k + 1) * kLanes, T(0));

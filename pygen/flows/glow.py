@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,16 +31,21 @@ class GlowConfig(MultiscaleConfig):
 
     steps: steps of flow per scale.
     width: hidden channels of each coupling's network.
+    labels: what the class acts on: "prior", that of the last scale, as in the paper; or "steps", each coupling's
+        network, which is what it takes to tell sets apart that differ in more than that prior.
     """
 
     scales: int = 3
     steps: int = 32
     width: int = 512
+    labels: Literal["prior", "steps"] = "prior"
     margin: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_positive("steps", "width")
+        if self.labels not in ("prior", "steps"):
+            raise ValueError(f"labels is {self.labels!r}, but expected 'prior' or 'steps'")
 
 
 class Glow(PictureFlow):
@@ -56,31 +62,36 @@ class Glow(PictureFlow):
 
 def _scale(config: GlowConfig, channels: int, last: bool) -> Iterator[Transform]:
     half = channels // 2
+    classes = config.classes if config.labels == "steps" else None
     for _ in range(config.steps):
         # The scale sigmoid(raw + 2) is that of the authors' code, not in the paper.
-        coupling = AffineCoupling(GlowConditioner(half, channels, config.width), activation="sigmoid", offset=2.0)
+        network = GlowConditioner(half, channels, config.width, classes=classes)
+        coupling = AffineCoupling(network, activation="sigmoid", offset=2.0)
         yield Step([ActNorm(channels), InvertibleLinear(channels), coupling], "step")
     if not last:
         yield Inverse(AffineCoupling(ZeroConv2d(half, channels)))
-    elif config.classes is not None:
+    elif config.classes is not None and config.labels == "prior":
         yield Inverse(AffineInjector(ClassPrior(config.classes, channels, config.coarsest)))
 
 
 class GlowConditioner(nn.Module):
-    """Convolutions 3x3, 1x1 and 3x3 with rectifiers between them; the last starts at zero. It does not read labels."""
+    """Convolutions 3x3, 1x1 and 3x3 with rectifiers between them; the last starts at zero.
 
-    def __init__(self, in_channels: int, out_channels: int, width: int) -> None:
+    classes: number of labels whose embedding is added before the first rectifier; None to read none.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, width: int, *, classes: int | None = None) -> None:
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Conv2d(in_channels, width, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 1),
-            nn.ReLU(),
-            ZeroConv2d(width, out_channels),
-        )
+        self.first = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.label = None if classes is None else nn.Embedding(classes, width)
+        self.second = nn.Conv2d(width, width, 1)
+        self.last = ZeroConv2d(width, out_channels)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        return self.net(x)  # type: ignore[no-any-return]
+        hidden = self.first(x)
+        if self.label is not None:
+            hidden = hidden + self.label(condition)[:, :, None, None]
+        return cast(Tensor, self.last(self.second(hidden.relu()).relu()))
 
 
 class ZeroConv2d(nn.Conv2d):

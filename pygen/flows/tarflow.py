@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -56,12 +57,7 @@ class TarFlowConfig(PictureFlowConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_positive("patch", "blocks")
-        _, height, width = self.shape
-        if height % self.patch or width % self.patch or self.tokens < 2:
-            raise ValueError(
-                f"shape is {self.shape} with patch {self.patch}, but expected a height and width divisible by it, and "
-                "two patches or more"
-            )
+        check_patch(self.shape, self.patch)
         self.require_probability("dropout", "label_dropout")
         if self.memory == "recompute" and self.dropout > 0:
             raise ValueError(
@@ -83,6 +79,16 @@ class TarFlowConfig(PictureFlowConfig):
     def tokens(self) -> int:
         """The number of patches in a picture."""
         return self.shape[1] * self.shape[2] // self.patch**2
+
+
+def check_patch(shape: tuple[int, int, int], patch: int) -> None:
+    """ValueError where pictures of a shape are not two or more patches."""
+    _, height, width = shape
+    if height % patch or width % patch or height * width < 2 * patch**2:
+        raise ValueError(
+            f"shape is {shape} with patch {patch}, but expected a height and width divisible by it, and two patches or "
+            "more"
+        )
 
 
 def check_sampling(config: TarFlowConfig, denoise: bool, guidance: float) -> None:
@@ -110,6 +116,8 @@ class MetaBlock(Transform):
 
     `forward` is one pass over all tokens. `inverse` goes token by token, with the keys and values of the tokens before
     in a cache: each activation is computed once. Where gradients are wanted the cache is one that keeps the graph.
+
+    ValueError: a shape that is not two or more patches, x of another shape, or what `CausalTransformer` refuses.
     """
 
     def __init__(
@@ -125,6 +133,8 @@ class MetaBlock(Transform):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        check_patch(shape, patch)
+        self.shape = shape
         channels, rows, columns = shape[0], shape[1] // patch, shape[2] // patch
         self.grid = rows, columns
         self.patch = channels, patch, patch
@@ -183,6 +193,9 @@ class MetaBlock(Transform):
 
     def _tokens(self, x: Tensor) -> Tensor:
         """(n, channels, height, width) as (n, tokens, channels patch^2), in the block's order."""
+        if tuple(x.shape[1:]) != self.shape:
+            expected = ", ".join(map(str, self.shape))
+            raise ValueError(f"x has shape {tuple(x.shape)}, but expected (n, {expected})")
         (rows, columns), (_, height, width) = self.grid, self.patch
         cells = x.unflatten(3, (columns, width)).unflatten(2, (rows, height))
         tokens: Tensor = cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
@@ -225,7 +238,11 @@ class TarFlow(PictureFlow):
         ]
         stack = Stack([Logit(config.margin), *blocks], memory=config.memory)
         super().__init__(config, Flow(stack, StandardNormal(config.shape)))
-        self.stack = stack
+
+    @property
+    def stack(self) -> Stack:
+        """The logit and the metablocks, in the order from data to the prior."""
+        return cast("Stack", self.flow.transform)
 
     def loss(self, x: Tensor, *, player: str = "model", condition: Tensor | None = None) -> Tensor:
         """The mean negative log-likelihood in nats per dimension, with noise, and labels withheld while training, by
@@ -260,6 +277,8 @@ class TarFlow(PictureFlow):
         """n pictures; see `GenerativeModel.sample`. Rounded to the levels.
 
         guidance, denoise: as in the configuration, which gives what is left out.
+
+        ValueError: `denoise` without noise_std; guidance that is negative, or away from what the model never learnt.
         """
         return self.trajectory(
             n, ids=ids, condition=condition, seed=seed, steps=steps, guidance=guidance, denoise=denoise

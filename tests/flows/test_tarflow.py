@@ -303,6 +303,8 @@ def test_a_copy_samples_the_same():
     other = TarFlow(TarFlowConfig(**model.config_dict())).eval()
     other.load_state_dict(model.state_dict())
     assert torch.equal(other.sample(2), model.sample(2))
+    stored = sum(tensor.numel() for tensor in model.state_dict().values())
+    assert stored == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_compiles_without_a_break():
@@ -335,6 +337,10 @@ def test_bad_input_is_named():
         model.sample(2, denoise=True)
     with pytest.raises(ValueError, match="guidance is -1"):
         model.sample(2, guidance=-1.0)
+    with pytest.raises(ValueError, match=r"x has shape \(3, 1, 4, 2\), but expected \(n, 1, 4, 4\)"):
+        block()(torch.zeros(3, 1, 4, 2))
+    with pytest.raises(ValueError, match=r"shape is \(1, 4, 4\) with patch 3, but expected"):
+        block(patch=3)
 
 
 @pytest.mark.parametrize(
