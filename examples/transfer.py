@@ -75,7 +75,10 @@ def main() -> None:
 
     torch.manual_seed(0)
     first, digits, second, others = sets()
-    model = Glow(GlowConfig(shape=(1, 8, 8), levels=LEVELS, classes=2))
+    config = GlowConfig(
+        shape=(1, 8, 8), levels=LEVELS, classes=2, labels="steps", scales=2, steps=8, width=64, margin=0.05
+    )
+    model = Glow(config)
     train(model, first, second, steps=options.steps)
     model.eval()
     with torch.no_grad():
