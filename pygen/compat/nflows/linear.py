@@ -9,7 +9,6 @@ from __future__ import annotations
 from nflows.transforms import conv
 from nflows.transforms import lu as nflows_lu
 from torch import Tensor
-from torch.nn import functional as F
 
 from pygen.compat import lu
 
@@ -48,7 +47,7 @@ class OneByOneConvolution(conv.OneByOneConvolution):
             weight, logabsdet = self.cache.weight, self.cache.logabsdet
         else:
             weight, logabsdet = self.weight(), self.logabsdet()
-        outputs = F.conv2d(inputs, weight[:, self.permutation._inverse_permutation, None, None], self.bias)
+        outputs = lu.mix_channels(inputs, weight[:, self.permutation._inverse_permutation], self.bias)
         return outputs, (logabsdet * inputs.shape[2:].numel()).repeat(len(inputs))
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> Result:
@@ -59,7 +58,7 @@ class OneByOneConvolution(conv.OneByOneConvolution):
         else:
             inverse, logabsdet = self.weight_inverse(), self.logabsdet()
         inverse = inverse[self.permutation._inverse_permutation]
-        outputs = F.conv2d(inputs, inverse[:, :, None, None], -(inverse @ self.bias))
+        outputs = lu.mix_channels(inputs, inverse, -(inverse @ self.bias))
         return outputs, (logabsdet * -inputs.shape[2:].numel()).repeat(len(inputs))
 
 

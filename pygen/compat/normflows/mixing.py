@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from normflows.flows import mixing
 from torch import Tensor
-from torch.nn import functional as F
 
 from pygen.compat import lu
 from pygen.nn.kept import Kept
@@ -86,4 +85,4 @@ def _inverted(layer: Any) -> Result:
 
 
 def _convolve(z: Tensor, weight: Tensor, log_det: Tensor) -> Result:
-    return F.conv2d(z, weight[:, :, None, None]), log_det * z.shape[2:].numel()
+    return lu.mix_channels(z, weight), log_det * z.shape[2:].numel()
