@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pygen.nn.kept import Kept
+from pygen.ops.kept import Kept
 
 # (layer, moved (n, m, ...), parameters (n, m P, ...), inverse) -> (moved, ladj (n,))
 Elementwise = Callable[[Any, Tensor, Tensor, bool], tuple[Tensor, Tensor]]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pygen.nn.kept import Kept, can_keep, probe
+from pygen.ops.kept import Kept, can_keep, probe
 from pygen.ops.masked import Elementwise, MaskedSpline, masked_inverse
 from pygen.ops.masked_network import MaskedNetwork
 

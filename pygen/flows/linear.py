@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pygen.flows.transform import Transform
-from pygen.nn.kept import Kept
+from pygen.ops.kept import Kept
 
 INITIALIZATIONS = ("rotation", "identity")
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pygen import _native
+from pygen.ops.kept import KeptResult, versions
 from pygen.ops.masked_units import ACTIVATIONS, activate, slope_of
 
 
@@ -44,6 +45,13 @@ class Tensors(NamedTuple):
     def given(self, slot: int) -> Tensor | None:
         """None for a slot of -1."""
         return self.at(slot) if slot >= 0 else None
+
+    def made_once(self, kept: KeptResult[Tensor], make: Callable[[], Tensor]) -> Tensor:
+        """`make()`, kept where it may be until one of the tensors changes, which their version counters tell."""
+        # A tensor made in inference mode has no counter, and a tracer cannot read one.
+        if not self.keep or torch.compiler.is_compiling() or any(each.is_inference() for each in self.own):
+            return make()
+        return kept.get((self.dtype, versions(self.own)), self.own, make)
 
 
 class MaskedNetwork:
@@ -83,7 +91,7 @@ class MaskedNetwork:
         self.nodes = [Node("input", features)]
         self._slots: list[tuple[Any, str]] = []
         self.plans: dict[Any, Any] = {}
-        self._masked: dict[int, Kept] = {}
+        self._masked: dict[int, KeptResult[Tensor]] = {}
         if context_features:
             self.nodes.append(Node("context", context_features))
 
@@ -230,11 +238,8 @@ class MaskedNetwork:
             weight = tensors.at(node.slots[0])[:, columns]
             return weight if mask is None else weight * mask[:, columns].to(weight.dtype)
 
-        if not tensors.keep or torch.compiler.is_compiling():
-            return multiply()
-        kept = self._masked.setdefault(index, Kept())
-        weight: Tensor = kept.get(Tensors([tensors.own[node.slots[0]]], tensors.dtype, True), multiply)
-        return weight
+        kept = self._masked.setdefault(index, KeptResult())
+        return Tensors([tensors.own[node.slots[0]]], tensors.dtype, tensors.keep).made_once(kept, multiply)
 
     def backward(
         self, values: Sequence[Tensor], cotangents: dict[int, Tensor], tensors: Tensors, closed: Collection[int] = ()
@@ -289,28 +294,6 @@ class MaskedNetwork:
         if node.kind == "normalize":
             return affine_of(node, tensors)[0]
         return None
-
-
-class Kept:
-    """A result that stays until the tensors it was made of change, which their version counters tell."""
-
-    def __init__(self) -> None:
-        self._key: Any = None
-        self._held: list[Tensor] = []
-        self._value: Any = None
-
-    def get(self, tensors: Tensors, make: Callable[[], Any]) -> Any:
-        # A tensor made in inference mode has no counter, and a tracer cannot read one.
-        if not tensors.keep or torch.compiler.is_compiling() or any(each.is_inference() for each in tensors.own):
-            return make()
-        key = [(each.data_ptr(), each._version, each.dtype, each.device) for each in tensors.own]
-        if (tensors.dtype, key) != self._key:
-            # What inference mode makes could not be used outside of it.
-            with torch.inference_mode(False), torch.no_grad():
-                self._value = make()
-            # While the old ones are held, no new tensor can have their address.
-            self._key, self._held = (tensors.dtype, key), [each.detach() for each in tensors.own]
-        return self._value
 
 
 def affine_of(node: Node, tensors: Tensors) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pygen.ops.masked_network import Kept, MaskedNetwork, Tensors, affine_of
+from pygen.ops.kept import KeptResult
+from pygen.ops.masked_network import MaskedNetwork, Tensors, affine_of
 from pygen.ops.masked_order import Integers, Placement
 from pygen.ops.masked_units import ACTIVATIONS
 
@@ -177,14 +178,13 @@ class MaskedPlan:
         self._constants: dict[int, int] = {}  # the first constant of a node
         self._orders = {index: torch.from_numpy(order) for index, order in self.placement.order.items()}
         self.programs = {"inverse": self._write_inverse(), "backward": self._write_backward()}
-        self._weights = {name: Kept() for name in ("inverse", "backward")}
-        self._constant_values = Kept()
+        self.forget()
         self._placed: dict[tuple[str, torch.device], Tensor] = {}
 
     def forget(self) -> None:
         """Drop the packed weights."""
-        self._weights = {name: Kept() for name in self._weights}
-        self._constant_values = Kept()
+        self._weights: dict[str, KeptResult[Tensor]] = {name: KeptResult() for name in self.programs}
+        self._constant_values: KeptResult[Tensor] = KeptResult()
 
     def code(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """A program on the host, where it is checked, and on the device, where it runs."""
@@ -202,8 +202,7 @@ class MaskedPlan:
 
     def weights(self, name: str, tensors: Tensors) -> Tensor:
         """The weights in the order in which a program reads them."""
-        weights: Tensor = self._weights[name].get(tensors, lambda: self._pack(name, tensors))
-        return weights
+        return tensors.made_once(self._weights[name], lambda: self._pack(name, tensors))
 
     def _pack(self, name: str, tensors: Tensors) -> Tensor:
         parts = [tensors.own[0].new_zeros(0, dtype=tensors.dtype)]
@@ -217,8 +216,7 @@ class MaskedPlan:
 
     def constants(self, tensors: Tensors) -> Tensor:
         """Biases in the order of their rows, scales beside shifts, parameters of activations."""
-        constants: Tensor = self._constant_values.get(tensors, lambda: self._gather_constants(tensors))
-        return constants
+        return tensors.made_once(self._constant_values, lambda: self._gather_constants(tensors))
 
     def _gather_constants(self, tensors: Tensors) -> Tensor:
         parts = [tensors.own[0].new_zeros(0, dtype=tensors.dtype)]

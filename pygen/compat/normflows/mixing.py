@@ -13,7 +13,7 @@ from normflows.flows import mixing
 from torch import Tensor
 
 from pygen.compat import lu
-from pygen.nn.kept import Kept
+from pygen.ops.kept import Kept
 
 Result = tuple[Tensor, Tensor]
 

@@ -20,7 +20,7 @@ from pygen import _native
 from pygen.compat.made import activate
 from pygen.compat.zuko.transforms import Inverse
 from pygen.compat.zuko.univariate import univariate_of
-from pygen.nn.kept import can_keep, probe, versions
+from pygen.ops.kept import can_keep, probe, versions
 from pygen.ops.masked import masked_inverse
 from pygen.ops.masked_network import MaskedNetwork
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,40 +18,38 @@ _PROBED = 64  # elements of a tensor
 Value = TypeVar("Value")
 
 
-class _Entry(NamedTuple):
-    key: tuple[Any, ...]
-    tensors: list[Tensor]
-    value: Any
+class KeptResult(Generic[Value]):
+    """One value, made of tensors, that stays until its key changes."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[Any, Sequence[Tensor], Value] | None = None
+
+    def get(self, key: Any, tensors: Sequence[Tensor], make: Callable[[], Value]) -> Value:
+        """`make()`, or what it returned last time if the key is still the same."""
+        if self._kept is None or self._kept[0] != key:
+            # What inference mode makes could not be used outside of it. The old tensors are held, so that no new one
+            # can have their address.
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept = key, [tensor.detach() for tensor in tensors], make()
+        return self._kept[2]
 
 
 class Kept(Generic[Value]):
     """One value for each layer, made of parameters, and forgotten with the layer."""
 
     def __init__(self) -> None:
-        self._entries: weakref.WeakKeyDictionary[nn.Module, _Entry] = weakref.WeakKeyDictionary()
+        self._results: weakref.WeakKeyDictionary[nn.Module, KeptResult[Value]] = weakref.WeakKeyDictionary()
 
     def get(self, layer: nn.Module, tensors: Sequence[Tensor], make: Callable[[], Value]) -> Value:
         """`make()`, or what it returned last time for this layer, if none of the tensors has changed since."""
         if not can_keep(tensors) or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
             return make()
-        return self._get(layer, (versions(tensors), *map(probe, tensors)), tensors, make)
+        key = (versions(tensors), *map(probe, tensors))
+        return self._results.setdefault(layer, KeptResult()).get(key, tensors, make)
 
     def get_of_buffers(self, layer: nn.Module, tensors: Sequence[Tensor], make: Callable[[], Value]) -> Value:
         """The same, on any device, for tensors that change only when a state is loaded, such as masks."""
-        return self._get(layer, versions(tensors), tensors, make)
-
-    def _get(
-        self, layer: nn.Module, key: tuple[Any, ...], tensors: Sequence[Tensor], make: Callable[[], Value]
-    ) -> Value:
-        entry = self._entries.get(layer)
-        if entry is None or entry.key != key:
-            # What inference mode makes could not be used outside of it. The old tensors are held, so that no new one
-            # can have their address.
-            with torch.inference_mode(False), torch.no_grad():
-                entry = _Entry(key, [tensor.detach() for tensor in tensors], make())
-            self._entries[layer] = entry
-        value: Value = entry.value
-        return value
+        return self._results.setdefault(layer, KeptResult()).get(versions(tensors), tensors, make)
 
 
 def can_keep(tensors: Sequence[Tensor]) -> bool:
