@@ -126,7 +126,7 @@ FAMILIES: dict[str, dict[str, Recipe]] = {
             model="TarFlow",
             config="TarFlowConfig",
             training=TrainingConfig(
-                steps=800, batch_size=64, learning_rate=4e-3, betas=(0.9, 0.95), weight_decay=0.1, warmup=50
+                steps=900, batch_size=64, learning_rate=1e-2, betas=(0.9, 0.99), weight_decay=0.5, warmup=50
             ),
         ),
     },

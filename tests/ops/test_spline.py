@@ -141,11 +141,13 @@ def test_gradients_of_any_layout(backend, device, inverse):
     for a, b in zip(strided, packed, strict=True):
         torch.testing.assert_close(a, b)
     # The gradients that come from above may have any strides as well.
-    y, ladj = rational_quadratic_spline(x.requires_grad_(), parameters, **options)
-    ladj_weight = torch.randn(4, 2, device=device)[:, 0]
-    (grad,) = torch.autograd.grad((y, ladj), x, (swapped(torch.ones_like(y)), ladj_weight), retain_graph=True)
-    (same,) = torch.autograd.grad((y, ladj), x, (torch.ones_like(y), ladj_weight.clone()))
-    assert torch.equal(grad, same)
+    for event_dims in (0, 2):
+        options["event_dims"] = event_dims
+        y, ladj = rational_quadratic_spline(x.requires_grad_(), parameters, **options)
+        ladj_weight = torch.randn(*ladj.shape, 2, device=device)[..., 0]
+        (grad,) = torch.autograd.grad((y, ladj), x, (swapped(torch.ones_like(y)), ladj_weight), retain_graph=True)
+        (same,) = torch.autograd.grad((y, ladj), x, (torch.ones_like(y), ladj_weight.clone()))
+        assert torch.equal(grad, same)
 
 
 def test_parameters_broadcast(backend, device):
