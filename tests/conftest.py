@@ -1,4 +1,4 @@
-"""Backends, and reproducible property tests.
+"""Backends, and property tests: fresh examples at each run, the same ones where CI is set.
 
 `--backend` names the backends that operator tests run on: `cpu`, `simt` (the CUDA sources on the CPU, built by
 `cmake --build --preset simt`) and `cuda`. A backend that was asked for and is missing is an error, never a skip.
@@ -20,9 +20,10 @@ from pygen import _native
 REPOSITORY = Path(__file__).parent.parent
 SIMT_LIBRARY = Path(os.environ.get("PYGEN_LIBRARIES", REPOSITORY / "build/simt")) / "libpygen_simt.so"
 
-hypothesis.settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
+hypothesis.settings.register_profile("default", deadline=None, max_examples=25)
+hypothesis.settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=500)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default"))
 
 
 if " " in torch.__file__:

@@ -127,9 +127,11 @@ class StandardLogistic(Base):
         return (F.logsigmoid(z) + F.logsigmoid(-z)).flatten(1).sum(1)
 
     def sample(self, n: int, *, context: Tensor | None = None, ids: Tensor | None = None, seed: int = 0) -> Tensor:
-        u = ops.uniform(self._ids(n, ids), self.shape, seed=seed, dtype=self.where.dtype)
+        # In 16 bits a number next to 1 would be 1.
+        wide = torch.float64 if self.where.dtype == torch.float64 else torch.float32
+        u = ops.uniform(self._ids(n, ids), self.shape, seed=seed, dtype=wide)
         # Half a step into the open interval: the logit of 0 is infinite.
-        return torch.logit(u * (1 - 2**-23) + 2**-24)
+        return torch.logit(u * (1 - 2**-23) + 2**-24).to(self.where.dtype)
 
 
 class Uniform(Base):
@@ -144,9 +146,9 @@ class Uniform(Base):
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         self._check(z)
         z = _wide(z).flatten(1)
-        inside = ((z >= self.low) & (z <= self.high)).all(1)
+        outside = ((z < self.low) | (z > self.high)).any(1)
         value = z.new_full((len(z),), -math.prod(self.shape) * math.log(self.high - self.low))
-        return value.masked_fill(~inside, -math.inf)
+        return value.masked_fill(outside, -math.inf).masked_fill(z.isnan().any(1), math.nan)
 
     def sample(self, n: int, *, context: Tensor | None = None, ids: Tensor | None = None, seed: int = 0) -> Tensor:
         u = ops.uniform(self._ids(n, ids), self.shape, seed=seed, dtype=self.where.dtype)

@@ -108,11 +108,13 @@ class InvertibleLinear(Transform):
 def _mix(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
-    if x.dim() == 2:
-        return F.linear(x, weight, bias)
-    positions = x.flatten(2)
-    if len(weight) > _FEW_CHANNELS:
-        return F.conv1d(positions, weight.unsqueeze(-1), bias).view(x.shape)
-    weights = weight.expand(len(x), *weight.shape)
-    mixed = torch.bmm(weights, positions) if bias is None else torch.baddbmm(bias.view(-1, 1), weights, positions)
-    return mixed.view(x.shape)
+    # The products are the flow's own state, not a network's: in autocast's bfloat16 they could not be undone.
+    with torch.autocast(x.device.type, enabled=False):
+        if x.dim() == 2:
+            return F.linear(x, weight, bias)
+        positions = x.flatten(2)
+        if len(weight) > _FEW_CHANNELS:
+            return F.conv1d(positions, weight.unsqueeze(-1), bias).view(x.shape)
+        weights = weight.expand(len(x), *weight.shape)
+        mixed = torch.bmm(weights, positions) if bias is None else torch.baddbmm(bias.view(-1, 1), weights, positions)
+        return mixed.view(x.shape)

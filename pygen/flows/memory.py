@@ -31,7 +31,8 @@ def run(
     tolerance: float | None,
 ) -> tuple[Tensor, Tensor]:
     """The steps in the order given, each in the direction given: the last state and the sum of ladj (n,)."""
-    if memory != "store" and torch.is_grad_enabled() and steps:
+    # The transforms of torch.func see through no autograd.Function that runs backward by itself, and store.
+    if memory != "store" and torch.is_grad_enabled() and steps and not torch._C._are_functorch_transforms_active():
         parameters = list(dict.fromkeys(p for step in steps for p in step.parameters() if p.requires_grad))
         if parameters or x.requires_grad or (context is not None and context.requires_grad):
             if memory == "recompute" and not torch.compiler.is_compiling():
@@ -83,6 +84,9 @@ class _Recompute(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.steps, ctx.inverse, ctx.tolerance = steps, inverse, tolerance
         ctx.autocast = _autocast_state(x.device.type)
+        if tolerance is not None and torch.is_autocast_enabled(x.device.type):
+            # A network's input that is off by one digit of float32 may be rounded to the next number of 16 bits.
+            ctx.tolerance = max(tolerance, 4 * torch.finfo(torch.get_autocast_dtype(x.device.type)).eps)
         ctx.random = []
         y = x
         total: Tensor | None = None
@@ -130,7 +134,7 @@ class _Recompute(torch.autograd.Function):
                     grads[k] = _sum(grads[k], grad)
                 state = before
         if ctx.tolerance is not None:
-            _check_rebuilt(state, x, ctx.tolerance)
+            _check_rebuilt(state, x, ctx.saved_tensors[1], ctx.tolerance)
         return None, None, None, grad_y if wants_x else None, grad_context, *grads
 
 
@@ -138,13 +142,20 @@ def _sum(known: Tensor | None, more: Tensor | None) -> Tensor | None:
     return more if known is None else known if more is None else known + more
 
 
-def _check_rebuilt(rebuilt: Tensor, x: Tensor, tolerance: float) -> None:
-    error = float((rebuilt - x).abs().max() / x.abs().max().clamp_min(1)) if x.numel() else 0.0
-    # A NaN is not for this check to judge: it reaches the gradients, where a loss scaler looks for it.
-    if error > tolerance:
+def _check_rebuilt(rebuilt: Tensor, x: Tensor, y: Tensor, tolerance: float) -> None:
+    if not x.numel():
+        return
+    before, after, last = x.flatten(1), rebuilt.flatten(1), y.flatten(1)
+    error = (after - before).abs().amax(1) / before.abs().amax(1).clamp_min(1)
+    # A NaN that came in, or that forward made, is not for this check to judge: it reaches the gradients, where a loss
+    # scaler looks for it. One that the way back made is as unsafe as any other error.
+    judged = before.isfinite().all(1) & last.isfinite().all(1)
+    unsafe = judged & ~(error <= tolerance)
+    if unsafe.any():
         raise RuntimeError(
-            f"memory='recompute' rebuilt the input of the stack with a relative error of {error:.2g}, but expected at "
-            f"most {tolerance:g}: these gradients would not be safe; use memory='checkpoint', or float64"
+            f"memory='recompute' rebuilt the input of the stack with a relative error of "
+            f"{float(error[unsafe].max()):.2g}, but expected at most {tolerance:g}: these gradients would not be safe; "
+            "use memory='checkpoint', or float64"
         )
 
 

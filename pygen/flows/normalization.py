@@ -6,6 +6,8 @@ The log-determinant is the number of positions times the sum of log_scale.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +21,10 @@ class ActNorm(Transform):
     """One scale and shift for each channel of (n, channels, ...).
 
     The first call of `forward` in training takes them from its batch, and `initialized`, part of the state, says that
-    it was done: a loaded model does not start anew. There is no host read in it.
+    it was done: a loaded model does not start anew, unless its state was saved before. There is no host read in it.
+
+    Processes that train together would each start from their own batch: call the model once before it is wrapped in
+    DistributedDataParallel, which then hands rank 0's parameters to all.
 
     ValueError: channels is less than 1, or x has another number of channels.
     """
@@ -43,12 +48,16 @@ class ActNorm(Transform):
             self._initialize(x)
         scale = self.log_scale.exp().to(x.dtype).view(shape)
         # Not addcmul, whose CPU kernel takes three times as long where it broadcasts.
-        return x * scale + self.shift.to(x.dtype).view(shape), self._ladj(x)
+        return (x * scale).add_(self.shift.to(x.dtype).view(shape)), self._ladj(x)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         shape = self._broadcast(y)
         scale = (-self.log_scale).exp().to(y.dtype).view(shape)
         return (y - self.shift.to(y.dtype).view(shape)) * scale, -self._ladj(y)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._begun = False
 
     @torch.no_grad()
     def _initialize(self, x: Tensor) -> None:

@@ -42,18 +42,6 @@ class PictureFlowConfig(ModelConfig):
         if self.memory not in MODES:
             raise ValueError(f"memory is {self.memory!r}, but expected one of {', '.join(map(repr, MODES))}")
 
-    def require_positive(self, *names: str) -> None:
-        """ValueError where one of these fields is less than 1."""
-        for name in names:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but expected at least 1")
-
-    def require_probability(self, *names: str) -> None:
-        """ValueError where one of these fields is outside [0, 1)."""
-        for name in names:
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but expected a number in [0, 1)")
-
 
 class PictureFlow(GenerativeModel):
     """An exact density of dequantized pictures, and samples in one pass back. A recipe is a subclass that builds the

@@ -97,10 +97,12 @@ class Stack(Transform):
             exact up to the round-off of the inverse; see `tolerance`.
         "checkpoint": the input of each step; what is inside a step is run again. For stacks whose inverse is inexact
             or expensive.
-        Under `torch.compile`, which cannot trace the rebuilding, "recompute" does what "checkpoint" does.
-    tolerance: with "recompute", how far the rebuilt input may be from the real one, relative to its largest value (at
-        least 1). Beyond it the gradients are not to be trusted, and backward raises `RuntimeError`. None leaves the
-        check out, and with it one comparison that on a GPU waits for the device.
+        Under `torch.compile`, which cannot trace the rebuilding, "recompute" does what "checkpoint" does; under the
+        transforms of `torch.func` both do what "store" does.
+    tolerance: with "recompute", how far a rebuilt sample may be from the real one, relative to its largest value (at
+        least 1); under autocast at least four units of the narrow dtype. Beyond it the gradients are not to be trusted,
+        and backward raises `RuntimeError`. None leaves the check out, and with it one comparison that on a GPU waits
+        for the device.
 
     ValueError: memory is none of the three, or tolerance is negative.
     """

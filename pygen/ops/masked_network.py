@@ -46,10 +46,15 @@ class Tensors(NamedTuple):
         """None for a slot of -1."""
         return self.at(slot) if slot >= 0 else None
 
+    @property
+    def kept(self) -> bool:
+        """`keep`, where a change would be seen."""
+        # A tensor made in inference mode has no counter, and a tracer cannot read one.
+        return self.keep and not torch.compiler.is_compiling() and not any(each.is_inference() for each in self.own)
+
     def made_once(self, kept: KeptResult[Tensor], make: Callable[[], Tensor]) -> Tensor:
         """`make()`, kept where it may be until one of the tensors changes, which their version counters tell."""
-        # A tensor made in inference mode has no counter, and a tracer cannot read one.
-        if not self.keep or torch.compiler.is_compiling() or any(each.is_inference() for each in self.own):
+        if not self.kept:
             return make()
         return kept.get((self.dtype, versions(self.own)), self.own, make)
 
@@ -238,6 +243,8 @@ class MaskedNetwork:
             weight = tensors.at(node.slots[0])[:, columns]
             return weight if mask is None else weight * mask[:, columns].to(weight.dtype)
 
+        if not tensors.kept:
+            return multiply()
         kept = self._masked.setdefault(index, KeptResult())
         return Tensors([tensors.own[node.slots[0]]], tensors.dtype, tensors.keep).made_once(kept, multiply)
 

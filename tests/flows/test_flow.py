@@ -180,3 +180,18 @@ def test_additive_coupling_is_affine_without_a_scale(inverse):
 def test_bad_arguments(act, message):
     with pytest.raises(ValueError, match=message):
         act()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logistic_samples_are_finite_in_16_bits(dtype):
+    samples = StandardLogistic(100).to(dtype).sample(1000)
+    assert samples.dtype == dtype
+    assert samples.isfinite().all()
+
+
+def test_uniform_density_of_nan_is_nan():
+    z = torch.tensor([[0.5, 0.5], [float("nan"), 0.5], [2.0, 0.5]])
+    log_prob = Uniform(2).log_prob(z)
+    assert log_prob[0] == 0
+    assert log_prob[1].isnan()
+    assert log_prob[2] == -float("inf")

@@ -124,6 +124,15 @@ def test_normalization_starts_neither_in_evaluation_nor_after_loading():
     torch.testing.assert_close(loaded(other)[0], learned(other)[0])
 
 
+def test_normalization_set_back_to_its_start_starts_anew():
+    layer = ActNorm(3)
+    start = {name: value.clone() for name, value in layer.state_dict().items()}
+    layer(torch.randn(8, 3))
+    layer.load_state_dict(start)
+    y, _ = layer(5 * torch.randn(64, 3) + 2)
+    torch.testing.assert_close(y.std(0, correction=0), torch.ones(3))
+
+
 def test_a_constant_channel_stays_finite():
     y, ladj = ActNorm(2)(torch.ones(4, 2))
     assert y.isfinite().all()

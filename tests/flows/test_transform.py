@@ -10,9 +10,9 @@ import torch
 from flow_cases import couplings
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from pygen.flows import FirstHalf, Inverse, Stack, Transform
+from pygen.flows import ActNorm, FirstHalf, Inverse, InvertibleLinear, Stack, Transform
 from pygen.flows.memory import MODES
 
 
@@ -136,9 +136,53 @@ def test_recompute_says_when_it_is_not_safe():
     stack.tolerance = None
     stack(x)[0].sum().backward()
     stack.tolerance = 1e-3
-    x[0, 0] = float("nan")
-    stack(x)[0].sum().backward()
+    stack(torch.full((8, 4), float("nan")))[0].sum().backward()
     assert any(p.grad.isnan().any() for p in stack.parameters() if p.grad is not None)
+
+
+def test_one_row_does_not_hide_the_error_of_another():
+    for value in (float("nan"), float("inf"), 0.5):
+        x = torch.full((8, 4), value)
+        x[-1] = 3.0
+        with pytest.raises(RuntimeError, match="memory='recompute' rebuilt .* relative error"):
+            Stack([Lossy(), *couplings(2)], memory="recompute")(x)[0][-1].sum().backward()
+    x = torch.full((8, 4), 1e4)
+    x[0] = 1.5
+    with pytest.raises(RuntimeError, match="memory='recompute' rebuilt .* relative error"):
+        Stack([LossyWhereSmall(), *couplings(2)], memory="recompute")(x)[0].sum().backward()
+
+
+class LossyWhereSmall(Lossy):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return torch.where(x.abs() < 2, x.round(), x), x.new_zeros(len(x))
+
+
+class Vanishing(Transform):
+    """Forward is finite and loses nothing that it says; the way back is 0 / 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.gain * 0 * x, x.new_zeros(len(x))
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return y / (self.gain * 0), y.new_zeros(len(y))
+
+
+def test_a_nan_of_the_way_back_is_not_safe():
+    with pytest.raises(RuntimeError, match="memory='recompute' rebuilt .* relative error of nan"):
+        Stack([Vanishing()], memory="recompute")(torch.randn(3, 4))[0].sum().backward()
+
+
+@pytest.mark.parametrize("memory", ["recompute", "checkpoint"])
+def test_function_transforms_store(memory):
+    stack = Stack(couplings(3), memory=memory)
+    x = torch.randn(5, 4)
+    expected = torch.autograd.grad(stack(x.requires_grad_())[1].sum(), x)[0]
+    of_each = torch.func.vmap(torch.func.grad(lambda row: stack(row.unsqueeze(0))[1].sum()))(x.detach())
+    torch.testing.assert_close(of_each, expected)
 
 
 def test_weights_that_changed_before_backward_are_noticed():
@@ -165,6 +209,17 @@ def test_autocast_is_remembered():
     for wanted, actual in zip(*grads, strict=True):
         if wanted is not None:
             torch.testing.assert_close(actual, wanted, rtol=0.1, atol=0.1 * float(wanted.abs().max()) + 1e-3)
+
+
+def test_autocast_leaves_the_state_wide():
+    glow = [ActNorm(4), InvertibleLinear(4), *couplings(1)]
+    x = torch.randn(64, 4)
+    stack = Stack(glow * 2, memory="recompute")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert InvertibleLinear(4)(x)[0].dtype == torch.float32
+        y, ladj = stack(x)
+    assert y.dtype == torch.float32
+    (y.sum() + ladj.sum()).backward()  # raises, at the default tolerance, if the state was rounded on its way
 
 
 def test_the_path_back_ends_where_inverse_does():
