@@ -17,6 +17,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="steady keeps freed memory in the process, for all contenders alike; default is glibc's own way, "
         "in which page faults of large outputs dominate",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, help="folder to write <machine>-<date>.json into")
+    parser.add_argument(
+        "--out", type=Path,
+        help="folder to write <machine>-<date>.json into; of a file that is there, the other families' cases stay",
+    )  # fmt: skip
     return parser.parse_args(arguments)
 
 
@@ -91,11 +95,11 @@ def main() -> int:
     print(f"{host['name']}, torch {host['torch']}, {host['threads']} threads, {options.allocator} allocator")
     print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s (read + written)\n")
     print(f"{'case':36} {'shape':22} {'ours':>11}  {'rival':>26} {'ratio':>8} {'target':>8}  floor")
-    results = []
+    results, commit = [], revision()
     for family in options.family or FAMILIES:
         for case in importlib.import_module(family).cases(device):
             result = measure(case, device, rounds=options.rounds)
-            result["family"] = family
+            result |= {"family": family, "commit": commit, "copy_bandwidth": bandwidth}
             if case.floor_bytes:
                 result["floor_share"] = case.floor_bytes / bandwidth / result["seconds"]["ours"]
             results.append(result)
@@ -105,16 +109,22 @@ def main() -> int:
         today = datetime.date.today().isoformat()
         slug = "-".join("".join(c if c.isalnum() else " " for c in host["name"].lower()).split())
         path = options.out / f"{slug}-{today}.json"
-        record = {
-            "machine": host, "date": today, "commit": commit(), "allocator": options.allocator,
-            "copy_bandwidth": bandwidth, "cases": results,
-        }  # fmt: skip
+        results = others(path, options.family or FAMILIES) + results
+        results.sort(key=lambda case: FAMILIES.index(case["family"]))
+        record = {"machine": host, "date": today, "allocator": options.allocator, "cases": results}
         path.write_text(json.dumps(record, indent=1) + "\n")
         print(f"\nwrote {path}")
     return 0
 
 
-def commit() -> str | None:
+def others(path: Path, families: Sequence[str]) -> list[dict[str, Any]]:
+    """The cases of other families that a file of this machine and day has already."""
+    if not path.exists():
+        return []
+    return [case for case in json.loads(path.read_text())["cases"] if case["family"] not in families]
+
+
+def revision() -> str | None:
     """The commit of the checkout, where this is one."""
     here = Path(__file__).parent
     answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
 from measure import compiled
+from run import others
 from torch import Tensor
 
 
@@ -27,3 +29,11 @@ def test_every_case_compiles_its_own_static_graph():
             assert torch.equal(own(x), twice(x))
     assert len(graphs) == cases
     assert all(type(size) is int for inputs in graphs for x in inputs for size in x.shape)
+
+
+def test_a_family_run_again_leaves_the_others_results(tmp_path):
+    path = tmp_path / "machine-day.json"
+    assert others(path, ["noise"]) == []
+    cases = [{"family": "noise", "name": "a"}, {"family": "cache", "name": "b"}]
+    path.write_text(json.dumps({"cases": cases}))
+    assert others(path, ["noise"]) == cases[1:]
