@@ -16,7 +16,7 @@ BLOCKS = [
 
 
 def test_the_readme_has_one_example_of_each_use():
-    assert sum(block.values[0].name == "README.md" for block in BLOCKS) == 3
+    assert sum(block.values[0].name == "README.md" for block in BLOCKS) == 4
 
 
 @pytest.mark.parametrize(("path", "block"), BLOCKS)
