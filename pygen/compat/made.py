@@ -6,7 +6,6 @@ A MADE is described to `masked_inverse` by its own layers, once; so weights stay
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pygen.ops.kept import Kept, can_keep, probe
+from pygen.compat.described import Described, Descriptions, exactly
+from pygen.ops.kept import Kept
 from pygen.ops.masked import Elementwise, MaskedSpline, masked_inverse
 from pygen.ops.masked_network import MaskedNetwork
 
@@ -47,20 +47,38 @@ _masked_weights: Kept[Tensor] = Kept()
 
 def activate(network: MaskedNetwork, source: int, activation: Any) -> int:
     """The node of an activation given as a function or as a module."""
-    if isinstance(activation, nn.LeakyReLU):
+    kind = type(activation)
+    if kind is nn.LeakyReLU:
         return network.activation(source, "leaky_relu", activation.negative_slope)
-    if isinstance(activation, nn.ELU):
+    if kind is nn.ELU:
         return network.activation(source, "elu", activation.alpha)
-    if isinstance(activation, nn.Softplus):
+    if kind is nn.Softplus:
         return network.activation(source, "softplus", activation.beta)
-    if isinstance(activation, nn.GELU):
+    if kind is nn.GELU:
         return network.activation(source, "gelu" if activation.approximate == "none" else "gelu_tanh")
-    for cls in (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.Identity):
-        if isinstance(activation, cls):
-            return network.activation(source, cls.__name__.lower())
+    if kind in (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.Identity):
+        return network.activation(source, kind.__name__.lower())
     if activation not in _FUNCTIONS:
         raise ValueError(f"its activation {getattr(activation, '__name__', activation)!s} is not one of pygen's")
     return network.activation(source, _FUNCTIONS[activation])
+
+
+def normalize(network: MaskedNetwork, source: int, norm: nn.Module | None) -> int:
+    """The node of a block's batch normalization, or the source itself where it has none."""
+    if norm is None:
+        return source
+    if exactly(norm, nn.BatchNorm1d).running_mean is None:
+        raise ValueError("its batch normalization keeps no running statistics")
+    return network.normalize(source, norm)
+
+
+def check_block(block: Any, *classes: type) -> None:
+    """ValueError: a block is of another class, or one of its parts does more than its description would."""
+    exactly(block, *classes)
+    exactly(block.dropout, nn.Dropout)
+    # Only a residual block has `use_batch_norm`; without one its activation comes first.
+    if not getattr(block, "use_batch_norm", True) and getattr(block.activation, "inplace", False):
+        raise ValueError("its activation works in place, on what a residual block then adds")
 
 
 def hidden_scale(layer: Any) -> float:
@@ -85,23 +103,16 @@ def _spline(
     return MaskedSpline(bins, tails, domain, None, width, height, derivative, scale=scale)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Sweep:
-    """How a MADE is swept: its network, or why it has none; its parts that are random or adapt in training; and a
-    weight that tells whether all have changed."""
-
-    network: MaskedNetwork | None
-    why_not: str
-    unsteady: list[nn.Module]
-    probed: list[float]
-
-
 class Sweeps:
-    """The inverses of the transforms of one library."""
+    """The inverses of the transforms of one library.
 
-    def __init__(self, describe: Describe) -> None:
+    one_context_for_all: whether the library adds a context of one row to any number of rows.
+    """
+
+    def __init__(self, describe: Describe, *, one_context_for_all: bool) -> None:
         self._describe = describe
-        self._kept: dict[bool, Kept[_Sweep]] = {False: Kept(), True: Kept()}
+        self._one_context_for_all = one_context_for_all
+        self._described = {False: Descriptions(), True: Descriptions()}
 
     def why_not(self, layer: Any) -> str | None:
         """Why a masked autoregressive layer has no sweep; None where it has, and for other layers."""
@@ -111,29 +122,25 @@ class Sweeps:
         return self._of(made, hasattr(made, "context_layer")).why_not or None
 
     def inverse(self, made: Any, y: Tensor, context: Tensor | None, elementwise: Elementwise) -> Result | None:
-        """y (n, features) -> x like y, ladj (n,); None where the library's own way is left: D passes."""
-        sweep = self._of(made, context is not None)
-        if sweep.network is None or y.dim() != 2 or any(part.training for part in sweep.unsteady):
+        """y (n, features) -> x like y, ladj (n,); None where the library's own way is left: D passes, or its error."""
+        described = self._of(made, context is not None)
+        network = described.nodes
+        if network is None or any(_is_unsteady(part) for part in described.parts):
             return None
-        if context is not None and context.dim() != 2:
+        if not y.is_floating_point() or y.dim() != 2 or y.shape[1] != network.features:
             return None
-        weight = made.final_layer.weight
-        now = [probe(weight)] if can_keep((weight,)) else []
-        if not now or now != sweep.probed:
-            sweep.network.forget()
-            sweep.probed[:] = now
-        return masked_inverse(y, sweep.network, context, elementwise=elementwise)
+        if context is not None:
+            if self._one_context_for_all and context.dim() == 2 and len(context) == 1:
+                context = context.expand(len(y), -1)
+            if context.shape != (len(y), network.context_features) or context.device != y.device:
+                return None
+        described.refresh()
+        return masked_inverse(y, network, context, elementwise=elementwise)
 
-    def _of(self, made: Any, with_context: bool) -> _Sweep:
-        masks = [part.mask for part in made.modules() if hasattr(part, "mask")]
-        return self._kept[with_context].get_of_buffers(made, masks, functools.partial(self._make, made, with_context))
+    def _of(self, made: Any, with_context: bool) -> Described:
+        return self._described[with_context].of(made, functools.partial(self._describe, made, with_context))
 
-    def _make(self, made: Any, with_context: bool) -> _Sweep:
-        unsteady: list[nn.Module] = [
-            part for part in made.modules()
-            if isinstance(part, nn.BatchNorm1d) or (isinstance(part, nn.Dropout) and part.p > 0)
-        ]  # fmt: skip
-        try:
-            return _Sweep(self._describe(made, with_context), "", unsteady, [])
-        except ValueError as error:
-            return _Sweep(None, str(error), unsteady, [])
+
+def _is_unsteady(part: nn.Module) -> bool:
+    """Whether a part is random or adapts, as it does in training."""
+    return part.training and (isinstance(part, nn.BatchNorm1d) or (isinstance(part, nn.Dropout) and part.p > 0))

@@ -325,20 +325,17 @@ def test_bins_without_room_are_a_value_error(use):
 
 @pytest.mark.parametrize("use", USES)
 def test_what_normflows_asserts_on_data_is_computed(use):
-    """A negative discriminant by rounding (pyro issue 3139), and inputs outside of a spline without tails."""
+    """A negative discriminant by rounding (pyro issue 3139)."""
     torch.manual_seed(0)
     layer = spline_coupling.PiecewiseRationalQuadraticCDF([64], 8, "linear", 3.0)
-    bounded = spline_coupling.PiecewiseRationalQuadraticCDF([2], 8, identity_init=False)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_(0, 100)
     y = torch.linspace(-3, 3, 64).expand(256, 64).contiguous()
-    with USES[use](nn.ModuleList([layer, bounded])):
+    with USES[use](layer):
         x, ladj = layer.inverse(y.requires_grad_())
         (x.sum() + ladj.sum()).backward()
-        outside = bounded(torch.tensor([[-0.5, 1.5]]))
     assert x.isfinite().all() and ladj.isfinite().all() and y.grad.isfinite().all()
-    assert all(part.isfinite().all() for part in outside)
 
 
 def spline_flow() -> nf.NormalizingFlow:

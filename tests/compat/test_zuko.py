@@ -422,6 +422,30 @@ def test_the_sweep_sees_every_change_of_the_network() -> None:
         agree([flow().transform.inv(z)], expected)
 
 
+def test_each_parameter_may_be_written_to_through_data() -> None:
+    """Which moves no version: every weight and bias is looked at."""
+    flow = zuko.flows.MAF(4, transforms=1, hidden_features=(12, 12))
+    y = torch.randn(3, 4)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            with convert(flow):
+                before = flow().transform.inv(y)
+                parameter.data.mul_(1.5).add_(0.1)
+                after = flow().transform.inv(y)
+            assert not torch.equal(after, before)
+            agree([after], [flow().transform.inv(y)])
+
+
+@pytest.mark.parametrize("features, context", [(5, 3), (3, 3), (4, 2), (4, None)])
+def test_wrong_shapes_are_zukos_errors(features: int, context: int | None) -> None:
+    flow = zuko.flows.MAF(4, 3, transforms=1)
+    y, c = torch.randn(2, features), None if context is None else torch.randn(2, context)
+    with pytest.raises(Exception) as theirs:
+        flow(c).transform.inv(y)
+    with convert(flow), pytest.raises(theirs.type):
+        flow(c).transform.inv(y)
+
+
 @pytest.mark.parametrize(
     "make, reason",
     [

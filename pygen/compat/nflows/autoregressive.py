@@ -11,10 +11,11 @@ from typing import Any
 
 from nflows.nn.nde import made as nde_made
 from nflows.transforms import autoregressive, made
-from torch import Tensor
+from torch import Tensor, nn
 
 from pygen import ops
-from pygen.compat.made import Sweeps, activate, hidden_scale, multiply, spline_of
+from pygen.compat.described import exactly
+from pygen.compat.made import Sweeps, activate, check_block, hidden_scale, multiply, normalize, spline_of
 from pygen.compat.nflows.splines import Result, Spline, check_inside, served, through
 from pygen.ops.masked import MaskedAffine
 from pygen.ops.masked_network import MaskedNetwork
@@ -137,11 +138,11 @@ def _passes(layer: Any, y: Tensor, context: Tensor | None) -> Result:
 def _describe(network: Any, with_context: bool) -> MaskedNetwork:
     if type(network) is not made.MADE:
         raise ValueError(f"its network is a {type(network).__name__}, not nflows' MADE")
-    features = network.initial_layer.in_features
     if with_context and not hasattr(network, "context_layer"):
         raise ValueError("its network takes no context")
-    described = MaskedNetwork(features, network.context_layer.in_features if with_context else 0)
-    h = described.linear(described.x, network.initial_layer)
+    features = _known(network.initial_layer).in_features
+    described = MaskedNetwork(features, exactly(network.context_layer, nn.Linear).in_features if with_context else 0)
+    h = described.linear(described.x, _known(network.initial_layer))
     if with_context:
         context = described.linear(described.context, network.context_layer)
         h = described.add(h, activate(described, context, network.activation))
@@ -149,22 +150,27 @@ def _describe(network: Any, with_context: bool) -> MaskedNetwork:
         h = activate(described, h, network.activation)
     for block in network.blocks:
         h = _describe_block(described, block, h, with_context)
-    described.linear(h, network.final_layer)
+    described.linear(h, _known(network.final_layer))
     return described
 
 
 def _describe_block(described: MaskedNetwork, block: Any, h: int, with_context: bool) -> int:
+    check_block(block, made.MaskedResidualBlock, made.MaskedFeedforwardBlock)
     if isinstance(block, made.MaskedFeedforwardBlock):
-        h = h if block.batch_norm is None else described.normalize(h, block.batch_norm)
-        return activate(described, described.linear(h, block.linear), block.activation)
+        h = described.linear(normalize(described, h, block.batch_norm), _known(block.linear))
+        return activate(described, h, block.activation)
     norms = block.batch_norm_layers if block.use_batch_norm else (None, None)
     t = h
     for position, (norm, linear) in enumerate(zip(norms, block.linear_layers, strict=True)):
-        t = t if norm is None else described.normalize(t, norm)
-        t = described.linear(activate(described, t, block.activation), linear)
+        t = activate(described, normalize(described, t, norm), block.activation)
+        t = described.linear(t, _known(linear))
         if position == 0 and with_context:
-            t = described.add(t, described.linear(described.context, block.context_layer))
+            t = described.add(t, described.linear(described.context, exactly(block.context_layer, nn.Linear)))
     return described.add(h, t)
 
 
-sweeps = Sweeps(_describe)
+def _known(layer: Any) -> Any:
+    return exactly(layer, made.MaskedLinear, MaskedLinear)
+
+
+sweeps = Sweeps(_describe, one_context_for_all=True)

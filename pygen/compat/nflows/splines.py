@@ -15,6 +15,7 @@ from nflows.transforms.base import InputOutsideDomain
 from torch import Tensor
 
 from pygen import ops
+from pygen.compat.domain import check_binned
 
 Result = tuple[Tensor, Tensor]
 Spline = Callable[..., Result]
@@ -81,7 +82,7 @@ def rational_quadratic_spline(
     """inputs (...), parameters (..., K), (..., K), (..., K + 1) -> outputs and log-determinants like inputs."""
     if not served(unnormalized_widths.shape[-1], None):
         return NotImplemented  # type: ignore[no-any-return]
-    check_inside(inputs, left, right)
+    _check_domain(inputs, inverse, left, right, bottom, top)
     return _elementwise(
         *ops.rational_quadratic_spline(
             inputs, (unnormalized_widths, unnormalized_heights, unnormalized_derivatives), inverse=inverse,
@@ -129,7 +130,7 @@ def linear_spline(
     """inputs (...), parameters (..., K) -> outputs and log-determinants like inputs."""
     if not served(unnormalized_pdf.shape[-1], None):
         return NotImplemented  # type: ignore[no-any-return]
-    check_inside(inputs, left, right)
+    _check_domain(inputs, inverse, left, right, bottom, top)
     outputs, ladj = ops.linear_spline(
         inputs, unnormalized_pdf, inverse=inverse, domain=(left, right), image=(bottom, top), event_dims=0
     )
@@ -169,7 +170,7 @@ def quadratic_spline(
     ends_given = unnormalized_heights.shape[-1] != bins - 1
     if not served(bins, None) or not (ends_given or (left, right) == (bottom, top)):
         return NotImplemented  # type: ignore[no-any-return]
-    check_inside(inputs, left, right)
+    _check_domain(inputs, inverse, left, right, bottom, top)
     outputs, ladj = ops.quadratic_spline(
         inputs, (unnormalized_widths, unnormalized_heights), inverse=inverse, tails=None if ends_given else "linear",
         domain=(left, right), image=(bottom, top) if ends_given else None, min_bin_width=min_bin_width,
@@ -221,7 +222,7 @@ def cubic_spline(
     """
     if not served(unnormalized_widths.shape[-1], None):
         return NotImplemented  # type: ignore[no-any-return]
-    check_inside(inputs, left, right)
+    _check_domain(inputs, inverse, left, right, bottom, top)
     parameters = (unnormalized_widths, unnormalized_heights, unnorm_derivatives_left, unnorm_derivatives_right)
     outputs, ladj = ops.cubic_spline(
         inputs, parameters, inverse=inverse, domain=(left, right), image=(bottom, top), min_bin_width=min_bin_width,
@@ -274,6 +275,14 @@ FUNCTIONS = {
 def _elementwise(outputs: Tensor, ladj: Tensor) -> Result:
     """Log-determinants in the dtype of the outputs: callers store them beside each other."""
     return outputs, ladj.to(outputs.dtype)
+
+
+def _check_domain(inputs: Tensor, inverse: bool, left: float, right: float, bottom: float, top: float) -> None:
+    """Raise as nflows does, which holds the inputs of both directions against left and right, and then looks up those
+    of the inverse between bottom and top."""
+    check_inside(inputs, left, right)
+    if inverse and (bottom, top) != (left, right):
+        check_binned(inputs, bottom, top)
 
 
 def _of_unit_square(ladj: Tensor, inverse: bool, left: float, right: float, bottom: float, top: float) -> Tensor:

@@ -15,7 +15,9 @@ from normflows.nets import made
 from torch import Tensor, nn
 
 from pygen import ops
-from pygen.compat.made import Sweeps, activate, hidden_scale, multiply, spline_of
+from pygen.compat.described import exactly
+from pygen.compat.domain import check_binned
+from pygen.compat.made import Sweeps, activate, check_block, hidden_scale, multiply, normalize, spline_of
 from pygen.compat.normflows.spline_layers import of_layer
 from pygen.compat.normflows.splines import Result, served, through
 from pygen.ops.masked import MaskedAffine
@@ -66,6 +68,8 @@ class MaskedPiecewiseRationalQuadraticAutoregressive(
         swept = None
         alike = self.tails is None or isinstance(self.tails, str)
         if alike and served(self.num_bins, self.tails) and not isinstance(self.tail_bound, Tensor):
+            if self.tails is None:
+                check_binned(inputs, 0.0, 1.0)
             swept = sweeps.inverse(self.autoregressive_net, inputs, context, spline_of(self))
         return _passes(self, inputs, context) if swept is None else swept
 
@@ -97,34 +101,40 @@ def _describe(network: Any, with_context: bool) -> MaskedNetwork:
         raise ValueError(f"its network is a {type(network).__name__}, not normflows' MADE")
     if type(network.preprocessing) is not nn.Identity:
         raise ValueError(f"its network starts with {type(network.preprocessing).__name__}")
-    features = network.initial_layer.in_features
     if with_context and not hasattr(network, "context_layer"):
         raise ValueError("its network takes no context")
-    described = MaskedNetwork(features, network.context_layer.in_features if with_context else 0)
-    h = described.linear(described.x, network.initial_layer)
+    features = _known(network.initial_layer).in_features
+    described = MaskedNetwork(features, exactly(network.context_layer, nn.Linear).in_features if with_context else 0)
+    h = described.linear(described.x, _known(network.initial_layer))
     if with_context:
         h = described.add(h, described.linear(described.context, network.context_layer))
     for block in network.blocks:
         h = _describe_block(described, block, h, with_context)
-    described.linear(h, network.final_layer)
+    described.linear(h, _known(network.final_layer))
     return described
 
 
 def _describe_block(described: MaskedNetwork, block: Any, h: int, with_context: bool) -> int:
+    check_block(block, made.MaskedResidualBlock, made.MaskedFeedforwardBlock)
     if isinstance(block, made.MaskedFeedforwardBlock):
         if with_context:
             raise ValueError("its feedforward blocks take no context")
-        h = h if block.batch_norm is None else described.normalize(h, block.batch_norm)
-        return activate(described, described.linear(h, block.linear), block.activation)
+        h = described.linear(normalize(described, h, block.batch_norm), _known(block.linear))
+        return activate(described, h, block.activation)
     norms = block.batch_norm_layers if block.use_batch_norm else (None, None)
     t = h
     for norm, linear in zip(norms, block.linear_layers, strict=True):
-        t = t if norm is None else described.normalize(t, norm)
-        t = described.linear(activate(described, t, block.activation), linear)
+        t = activate(described, normalize(described, t, norm), block.activation)
+        t = described.linear(t, _known(linear))
     if with_context:
-        gate = described.linear(described.context, block.context_layer)
+        gate = described.linear(described.context, exactly(block.context_layer, nn.Linear))
         t = described.multiply(t, described.activation(gate, "sigmoid"))
     return described.add(h, t)
 
 
-sweeps = Sweeps(_describe)
+def _known(layer: Any) -> Any:
+    return exactly(layer, made.MaskedLinear, MaskedLinear)
+
+
+# Its residual blocks put the context beside the units, and so take as many rows of it.
+sweeps = Sweeps(_describe, one_context_for_all=False)

@@ -1,7 +1,7 @@
 """The functional splines of normflows (`normflows.utils.splines`) on pygen's kernels.
 
-Signatures, layouts and tails are normflows'; what its formulas assert on data is computed instead. A sequence of tails
-has one of "linear" and "circular" for each of the last dimension's elements; outside of the bounds normflows then
+Signatures, layouts and tails are normflows'; where its formulas fail by rounding these do not. A sequence of tails has
+one of "linear" and "circular" for each of the last dimension's elements; outside of the bounds normflows then
 returns zeros, and so does this.
 """
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pygen import ops
+from pygen.compat.domain import check_binned
 
 Result = tuple[Tensor, Tensor]
 Tails = str | Sequence[str] | None
@@ -49,6 +50,7 @@ def through(
 ) -> Result:
     """x (*batch, *event) through the spline with normflows' tails -> y like x, ladj (*batch)."""
     if tails is None:
+        check_binned(x, 0.0, 1.0)
         return ops.rational_quadratic_spline(x, parameters, inverse=inverse, event_dims=event_dims, **options)
     y, ladj = ops.rational_quadratic_spline(
         x, parameters, inverse=inverse, tails=tails, domain=(-tail_bound, tail_bound), event_dims=event_dims, **options
@@ -64,10 +66,10 @@ def rational_quadratic_spline(
     unnormalized_heights: Tensor,
     unnormalized_derivatives: Tensor,
     inverse: bool = False,
-    left: Bound = 0.0,
-    right: Bound = 1.0,
-    bottom: Bound = 0.0,
-    top: Bound = 1.0,
+    left: Any = 0.0,
+    right: Any = 1.0,
+    bottom: Any = 0.0,
+    top: Any = 1.0,
     min_bin_width: float = 1e-3,
     min_bin_height: float = 1e-3,
     min_derivative: float = 1e-3,
@@ -78,6 +80,8 @@ def rational_quadratic_spline(
     """
     if not served(unnormalized_widths.shape[-1], None) or isinstance(left, Tensor):
         return NotImplemented  # type: ignore[no-any-return]
+    low, high = (bottom, top) if inverse else (left, right)
+    check_binned(inputs, low, high)
     y, ladj = ops.rational_quadratic_spline(
         inputs, (unnormalized_widths, unnormalized_heights, unnormalized_derivatives), inverse=inverse,
         domain=(left, right), image=(bottom, top), min_bin_width=min_bin_width, min_bin_height=min_bin_height,

@@ -7,8 +7,7 @@ computes each hidden unit once (`pygen.ops.masked_inverse`; Papamakarios et al. 
 from __future__ import annotations
 
 import functools
-import weakref
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import zuko
@@ -17,16 +16,16 @@ from torch.distributions import Transform
 from zuko.utils import broadcast
 
 from pygen import _native
+from pygen.compat.described import Described, Descriptions
 from pygen.compat.made import activate
 from pygen.compat.zuko.transforms import Inverse
 from pygen.compat.zuko.univariate import univariate_of
-from pygen.ops.kept import can_keep, probe, versions
+from pygen.ops.kept import can_keep
 from pygen.ops.masked import masked_inverse
 from pygen.ops.masked_network import MaskedNetwork
 
 # Weights, from which on keeping them masked costs less than masking them anew.
 _LARGE = 2**16
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class AutoregressiveTransform(zuko.transforms.AutoregressiveTransform):
@@ -63,18 +62,7 @@ class AutoregressiveTransform(zuko.transforms.AutoregressiveTransform):
         return solved
 
 
-class _Described(NamedTuple):
-    """A hyper network as nodes, or why it is not known. `held` keeps what `key` names from being replaced unseen, and
-    `probed` are elements that tell whether the weights have changed."""
-
-    key: tuple[Any, ...]
-    held: tuple[Any, ...]
-    nodes: MaskedNetwork | None
-    why_not: str
-    probed: list[float]
-
-
-_described: weakref.WeakKeyDictionary[nn.Module, _Described] = weakref.WeakKeyDictionary()
+_descriptions = Descriptions()
 
 
 def _sweep(layer: Any, y: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor] | None:
@@ -83,7 +71,8 @@ def _sweep(layer: Any, y: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor] | N
     if univariate is None or univariate.elementwise is None or _native.kernels_for(y) is None:
         return None
     nodes = _nodes_of(layer)
-    if nodes is None:
+    context_features = 0 if c is None else c.shape[-1]
+    if nodes is None or y.shape[-1:] != (nodes.features,) or context_features != nodes.context_features:
         return None
     if c is not None:
         y, c = broadcast(y, c, ignore=1)
@@ -117,44 +106,21 @@ def why_no_sweep(layer: Any) -> str | None:
     univariate = univariate_of(layer)
     if univariate is not None and univariate.elementwise is None:
         return "its passes stay: the sweep does not know circular splines"
-    why_not = _describe(layer).why_not
+    why_not = _described(layer).why_not
     return f"its passes stay: {why_not}" if why_not else None
 
 
 def _nodes_of(layer: Any) -> MaskedNetwork | None:
     """The layer's hyper network, with weights as they are now; None where it has parts that are not known."""
-    described = _describe(layer)
+    described = _described(layer)
     if described.nodes is not None:
-        weights = [part.weight for part in described.held if isinstance(part, zuko.nn.MaskedLinear)]
-        now = [probe(weight) for weight in weights] if can_keep(weights) else []
-        if not now or now != described.probed:
-            described.nodes.forget()
-            described.probed[:] = now
+        described.refresh()
     return described.nodes
 
 
-def _describe(layer: Any) -> _Described:
+def _described(layer: Any) -> Described:
     """The layer's hyper network: read anew where its parts or masks have changed, with weights as they are."""
-    hyper, *parts = layer.hyper.modules()
-    masks = [part.mask for part in parts if isinstance(part, zuko.nn.MaskedLinear)]
-    altered = any(_is_altered(part) for part in (hyper, *parts))
-    key = (altered, *map(id, parts), *versions(masks))
-    described = _described.get(hyper)
-    if described is None or described.key != key:
-        nodes, why_not = None, ""
-        try:
-            if altered:
-                raise ValueError("its hyper network has hooks or a forward of its own")
-            nodes = _read(layer)
-        except ValueError as error:
-            why_not = str(error)
-        described = _described[hyper] = _Described(key, (*parts, *masks), nodes, why_not, [])
-    return described
-
-
-def _is_altered(part: nn.Module) -> bool:
-    """Whether calling a part does other things than its class says."""
-    return "forward" in vars(part) or any(getattr(part, hooks) for hooks in _HOOKS)
+    return _descriptions.of(layer.hyper, functools.partial(_read, layer))
 
 
 def _read(layer: Any) -> MaskedNetwork:
