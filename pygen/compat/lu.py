@@ -50,14 +50,6 @@ def weight_inverse(layer: Any) -> Tensor:
     return inverse
 
 
-def mix_channels(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (n, c, height, width) -> weight x + bias at each position: one product a sample, where a convolution by 1 x 1
-    would first rearrange the picture."""
-    positions, weights = x.flatten(2), weight.expand(len(x), -1, -1)
-    mixed = torch.bmm(weights, positions) if bias is None else torch.baddbmm(bias.unsqueeze(1), weights, positions)
-    return mixed.view(x.shape)
-
-
 def _places(features: int, device: torch.device) -> Tensor:
     """(2, features, features): where each entry of L and U is in [lower | upper | diagonal of U | 0 | 1]."""
     if torch.compiler.is_compiling():

@@ -9,16 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pygen.flows.transform import Transform
+from pygen.nn.mixing import mix_channels
 from pygen.ops.kept import Kept
 
 INITIALIZATIONS = ("rotation", "identity")
-
-# Up to here a product of matrices for each sample beats a convolution, which packs its weights at each call.
-_FEW_CHANNELS = 32
 
 _matrices: Kept[Tensor] = Kept()
 _inverses: Kept[Tensor] = Kept()
@@ -110,11 +107,4 @@ def _mix(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.to(x.dtype)
     # The products are the flow's own state, not a network's: in autocast's bfloat16 they could not be undone.
     with torch.autocast(x.device.type, enabled=False):
-        if x.dim() == 2:
-            return F.linear(x, weight, bias)
-        positions = x.flatten(2)
-        if len(weight) > _FEW_CHANNELS:
-            return F.conv1d(positions, weight.unsqueeze(-1), bias).view(x.shape)
-        weights = weight.expand(len(x), *weight.shape)
-        mixed = torch.bmm(weights, positions) if bias is None else torch.baddbmm(bias.view(-1, 1), weights, positions)
-        return mixed.view(x.shape)
+        return mix_channels(x, weight, bias)

@@ -11,6 +11,7 @@ from nflows.transforms import lu as nflows_lu
 from torch import Tensor
 
 from pygen.compat import lu
+from pygen.nn.mixing import mix_channels
 
 Result = tuple[Tensor, Tensor]
 
@@ -47,7 +48,7 @@ class OneByOneConvolution(conv.OneByOneConvolution):
             weight, logabsdet = self.cache.weight, self.cache.logabsdet
         else:
             weight, logabsdet = self.weight(), self.logabsdet()
-        outputs = lu.mix_channels(inputs, weight[:, self.permutation._inverse_permutation], self.bias)
+        outputs = mix_channels(inputs, weight[:, self.permutation._inverse_permutation], self.bias)
         return outputs, (logabsdet * inputs.shape[2:].numel()).repeat(len(inputs))
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> Result:
@@ -58,7 +59,7 @@ class OneByOneConvolution(conv.OneByOneConvolution):
         else:
             inverse, logabsdet = self.weight_inverse(), self.logabsdet()
         inverse = inverse[self.permutation._inverse_permutation]
-        outputs = lu.mix_channels(inputs, inverse, -(inverse @ self.bias))
+        outputs = mix_channels(inputs, inverse, -(inverse @ self.bias))
         return outputs, (logabsdet * -inputs.shape[2:].numel()).repeat(len(inputs))
 
 

@@ -13,6 +13,7 @@ from normflows.flows import mixing
 from torch import Tensor
 
 from pygen.compat import lu
+from pygen.nn.mixing import mix_channels
 from pygen.ops.kept import Kept
 
 Result = tuple[Tensor, Tensor]
@@ -85,4 +86,4 @@ def _inverted(layer: Any) -> Result:
 
 
 def _convolve(z: Tensor, weight: Tensor, log_det: Tensor) -> Result:
-    return lu.mix_channels(z, weight), log_det * z.shape[2:].numel()
+    return mix_channels(z, weight), log_det * z.shape[2:].numel()
