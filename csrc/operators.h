@@ -66,7 +66,12 @@ constexpr const char* kSchemas[] = {
     "Tensor(c!) lengths, float scale) -> Tensor",
     // sampling: seeds and positions, (rows,) or (), take precedence over seed and position
     "sample_logits(Tensor logits, Tensor sample_ids, SymInt seed, Tensor? seeds, SymInt position, Tensor? positions, "
-    "float temperature, int top_k, float top_p) -> (Tensor token, Tensor log_prob)",
+    "float temperature, int top_k, float top_p, float min_p=0.0, float typical_p=1.0, bool split_ties=False, "
+    "Tensor? unconditional=None, float guidance_scale=1.0, Tensor? history=None, float repetition_penalty=1.0, "
+    "Tensor? allowed=None) -> (Tensor token, Tensor log_prob)",
+    "filter_logits(Tensor logits, float temperature, int top_k, float top_p, float min_p=0.0, float typical_p=1.0, "
+    "bool split_ties=False, Tensor? unconditional=None, float guidance_scale=1.0, Tensor? history=None, "
+    "float repetition_penalty=1.0, Tensor? allowed=None) -> Tensor log_probs",
     // wavelet: 2 x 2 blocks of a picture (n, c, 2 h, 2 w) as channels (n, 4 c, h, w), and back
     "wavelet_forward(Tensor x, bool haar) -> Tensor y",
     "wavelet_inverse(Tensor y, bool haar) -> Tensor x",

@@ -65,11 +65,16 @@ PYGEN_INLINE float philox_uniform(uint64_t seed, uint64_t sample_id, NoiseStream
   return uniform_of_word(element & 2 ? high : low);
 }
 
-// A multiple of 2^-53 in [0, 1), from words 0 and 1 of block 0.
+// A multiple of 2^-53 in [0, 1): 27 bits of one word, 26 of another.
+PYGEN_INLINE double uniform53_of_words(uint32_t high, uint32_t low) {
+  const uint64_t bits = (static_cast<uint64_t>(high >> 5) << 26) | (low >> 6);
+  return static_cast<double>(bits) * 1.1102230246251565e-16;
+}
+
+// The same from words 0 and 1 of block 0.
 PYGEN_INLINE double philox_uniform53(uint64_t seed, uint64_t sample_id, NoiseStream stream, uint64_t draw) {
   const PhiloxWords words = philox(seed, sample_id, stream, draw, 0);
-  const uint64_t bits = (static_cast<uint64_t>(words.w0 >> 5) << 26) | (words.w1 >> 6);
-  return static_cast<double>(bits) * 1.1102230246251565e-16;
+  return uniform53_of_words(words.w0, words.w1);
 }
 
 }  // namespace pygen

@@ -1,8 +1,6 @@
-// Sampling from logits on CUDA: one block per row, no sorting of the vocabulary. A threshold is found digit by digit:
-// the weights of the candidates go into bins, and the bin that the target falls into holds the next candidates. Bins
-// are filled by atomics on whole numbers, whose sums are the same in any order.
-#include "sampling.h"
-
+// Sampling from logits on CUDA: one block per row, no sorting of the vocabulary. Guided, penalized or masked scores are
+// written once, by a kernel of their own; the filters and the draw read scores, or plain logits, where they lie.
+#include "block_sampler.h"
 #include "sampling_checks.h"
 #include "simt.h"
 #include "tensor.h"
@@ -10,298 +8,249 @@
 namespace pygen {
 namespace {
 
-using Whole = unsigned long long;
-
-constexpr int kMostThreads = 512, kFewestThreads = 128;
-constexpr int64_t kPerThread = 16;  // elements of a row that are worth a thread more
-constexpr int kBins = 1024;         // of the first round, which cuts the range of the logits evenly
-constexpr int kDigitBins = 256;     // of the later rounds, one per value of eight bits of the key
+using sampling::Whole;
 
 template <class Stored, class T>
-struct Arguments {
-  const Stored* logits;
-  int64_t row_stride, stride, vocabulary;
+struct ScoreArguments {
+  Sources<Stored> sources;
+  int64_t vocabulary;
+  T guidance, penalty, scale;
+  int bits;
+  T* scores;  // (rows, vocabulary)
+};
+
+// The peak of a row and the logarithm of its sum over e^peak. All threads call and all get the answer.
+template <class Stored, class T>
+__device__ __forceinline__ void find_total(const Stored* data, int64_t stride, const ScoreArguments<Stored, T>& all,
+                                           T* scratch, Whole* sums, T* peak, T* log_total) {
+  T top = -std::numeric_limits<T>::infinity();
+  for (int64_t i = threadIdx.x; i < all.vocabulary; i += static_cast<int>(blockDim.x)) {
+    const T x = static_cast<T>(data[i * stride]);
+    if (x > top || x != x) top = x;
+    if (top != top) break;
+  }
+  *peak = top = block_max(top, scratch);
+  Whole total = 0;
+  if (top - top == T(0)) {
+    for (int64_t i = threadIdx.x; i < all.vocabulary; i += static_cast<int>(blockDim.x)) {
+      total += static_cast<Whole>(sampling::weigh(static_cast<T>(data[i * stride]), top, T(1), all.scale));
+    }
+  }
+  total = block_sum(total, sums);
+  *log_total = top - top == T(0) ? static_cast<T>(sampling::log_of_total(static_cast<double>(total), all.bits))
+                                 : std::numeric_limits<T>::quiet_NaN();
+}
+
+__device__ __forceinline__ void exchange(float* to, float value) {
+  atomicExch(reinterpret_cast<unsigned*>(to), __float_as_uint(value));
+}
+__device__ __forceinline__ void exchange(double* to, double value) {
+  atomicExch(reinterpret_cast<Whole*>(to), static_cast<Whole>(__double_as_longlong(value)));
+}
+
+template <class Stored, class T>
+__global__ void __launch_bounds__(sampling::kMostThreads) score_kernel(ScoreArguments<Stored, T> all) {
+  SHARED(T, scratch, [32]);
+  SHARED(Whole, sums, [32]);
+  const Sources<Stored>& sources = all.sources;
+  const int64_t number = blockIdx.x, n = all.vocabulary;
+  const Stored* const logits = sources.logits.row(number);
+  const Stored* const without = sources.unconditional.row(number);
+  T peak = 0, log_total = 0, peak_without = 0, log_total_without = 0;
+  if (sources.normalized()) {
+    find_total(logits, sources.logits.stride, all, scratch, sums, &peak, &log_total);
+    find_total(without, sources.unconditional.stride, all, scratch, sums, &peak_without, &log_total_without);
+  }
+  const auto score = [&](int64_t i) {
+    const T c = static_cast<T>(logits[i * sources.logits.stride]);
+    if (!sources.guided) return c;
+    const T u = static_cast<T>(without[i * sources.unconditional.stride]);
+    return sampling::guide(sampling::normalize(c, peak, log_total),
+                           sampling::normalize(u, peak_without, log_total_without), all.guidance);
+  };
+  const auto allowed = [&](int64_t i) {
+    return !sources.masked || sources.allowed.row(number)[i * sources.allowed.stride];
+  };
+  T* const scores = all.scores + number * n;
+  for (int64_t i = threadIdx.x; i < n; i += static_cast<int>(blockDim.x)) {
+    scores[i] = allowed(i) ? score(i) : -std::numeric_limits<T>::infinity();
+  }
+  if (!sources.penalized) return;
+  __syncthreads();
+  const int64_t* const ids = sources.history.row(number);
+  for (int64_t i = threadIdx.x; i < sources.history.columns; i += static_cast<int>(blockDim.x)) {
+    const int64_t id = ids[i * sources.history.stride];
+    // An id that comes twice is written twice, and the same both times: it is made from the logits.
+    if (id >= 0 && id < n && allowed(id)) exchange(scores + id, sampling::penalize(score(id), all.penalty));
+  }
+}
+
+template <class Stored, class T>
+struct SampleArguments {
+  sampling::RowArguments<Stored, T> row;
   PerRow seeds, positions;
   const int64_t* sample_ids;
   int64_t id_stride;
-  bool greedy;
-  T temperature, scale, bins_per_unit;
-  int bits;
-  int64_t top_k;
-  double top_p;
   int64_t* token;
   T* log_prob;
 };
 
-// Keys that ascend as the logits descend.
-__device__ __forceinline__ uint32_t key_of(float x) {
-  const uint32_t bits = __float_as_uint(x);
-  return bits & 0x80000000u ? bits : ~(bits | 0x80000000u);
-}
-__device__ __forceinline__ Whole key_of(double x) {
-  const Whole bits = static_cast<Whole>(__double_as_longlong(x)), sign = 1ull << 63;
-  return bits & sign ? bits : ~(bits | sign);
-}
-__device__ __forceinline__ float logit_of(uint32_t key) {
-  return __uint_as_float(key & 0x80000000u ? key : ~key & 0x7fffffffu);
-}
-__device__ __forceinline__ double logit_of(Whole key) {
-  const Whole sign = 1ull << 63;
-  return __longlong_as_double(static_cast<long long>(key & sign ? key : ~key & ~sign));
-}
-
-// How many bytes of the key can differ: what was widened from 16 bits ends in zeros.
-template <class Stored>
-constexpr int kKeyBytes = sizeof(Stored);
-template <>
-constexpr int kKeyBytes<Half> = 3;
-
 template <class Stored, class T>
-struct Row {
-  const Arguments<Stored, T>& all;
-  const Stored* data;
-  T peak;
-  __device__ __forceinline__ T operator[](int64_t i) const { return static_cast<T>(data[i * all.stride]); }
-  __device__ __forceinline__ T weight(T x) const { return sampling::weigh(x, peak, all.temperature, all.scale); }
-  // Distance below the peak in even steps; what is far below shares the last bin.
-  __device__ __forceinline__ int bin(T x) const {
-    const T distance = (peak - x) * all.bins_per_unit;
-    return distance < T(kBins - 1) ? static_cast<int>(distance) : kBins - 1;
-  }
-};
-
-// One for each element (top-k) or its weight (top-p).
-struct Count {
-  template <class Stored, class T>
-  __device__ __forceinline__ Whole operator()(const Row<Stored, T>&, T) const {
-    return 1;
-  }
-};
-struct Weight {
-  template <class Stored, class T>
-  __device__ __forceinline__ Whole operator()(const Row<Stored, T>& row, T x) const {
-    return static_cast<Whole>(row.weight(x));
-  }
-};
-
-struct Found {
-  int bin;
-  Whole above;  // what lies in earlier bins and rounds
-};
-
-// The first bin at which `above` and the bins so far reach the target. All threads call and all get the answer.
-__device__ __forceinline__ Found find_bin(const Whole* bins, int count, Whole above, double target, Found* shared) {
-  __syncthreads();
-  if (threadIdx.x < 32) {
-    const int lane = threadIdx.x, own = count / 32;
-    Whole sum = 0;
-    for (int i = 0; i < own; ++i) sum += bins[lane * own + i];
-    Whole upto = sum;
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const Whole lower = __shfl_up_sync(~0u, upto, offset);
-      if (lane >= offset) upto += lower;
-    }
-    const unsigned reached = __ballot_sync(~0u, static_cast<double>(above + upto) >= target);
-    // The target is at most the whole, so some lane reaches it; the last one, should rounding say otherwise.
-    const int first = reached ? __ffs(static_cast<int>(reached)) - 1 : 31;
-    if (lane == first) {
-      Whole passed = above + upto - sum;
-      int bin = lane * own;
-      for (; bin < lane * own + own - 1; ++bin) {
-        if (static_cast<double>(passed + bins[bin]) >= target) break;
-        passed += bins[bin];
-      }
-      *shared = {bin, passed};
-    }
-  }
-  __syncthreads();
-  const Found found = *shared;
-  __syncthreads();
-  return found;
-}
-
-// The largest value v such that the elements >= v, of those >= `floor`, measure at least `target`.
-template <class Measure, class Stored, class T>
-__device__ T find_threshold(const Row<Stored, T>& row, T floor, double target, Measure measure, Whole* bins,
-                            Found* shared) {
-  const int64_t n = row.all.vocabulary;
-  for (int i = threadIdx.x; i < kBins; i += static_cast<int>(blockDim.x)) bins[i] = 0;
-  __syncthreads();
-  for (int64_t i = threadIdx.x; i < n; i += static_cast<int>(blockDim.x)) {
-    const T x = row[i];
-    if (x >= floor) {
-      const Whole amount = measure(row, x);
-      if (amount) atomicAdd(&bins[row.bin(x)], amount);
-    }
-  }
-  Found found = find_bin(bins, kBins, 0, target, shared);
-  const int coarse = found.bin;
-
-  using Key = decltype(key_of(T{}));
-  constexpr int kKeyBits = 8 * sizeof(Key);
-  Key prefix = 0;
-  for (int digit = 0; digit < kKeyBytes<Stored>; ++digit) {
-    const int shift = kKeyBits - 8 * (digit + 1);
-    for (int i = threadIdx.x; i < kDigitBins; i += static_cast<int>(blockDim.x)) bins[i] = 0;
-    __syncthreads();
-    for (int64_t i = threadIdx.x; i < n; i += static_cast<int>(blockDim.x)) {
-      const T x = row[i];
-      if (x < floor || row.bin(x) != coarse) continue;
-      const Key key = key_of(x);
-      if (digit && key >> (shift + 8) != prefix) continue;
-      const Whole amount = measure(row, x);
-      if (amount) atomicAdd(&bins[static_cast<int>(key >> shift & 0xff)], amount);
-    }
-    found = find_bin(bins, kDigitBins, found.above, target, shared);
-    prefix = static_cast<Key>(prefix << 8) | static_cast<Key>(found.bin);
-  }
-  // Below what was looked at, a widened logit has zeros: ones in the key of a positive number.
-  constexpr int kRest = kKeyBits - 8 * kKeyBytes<Stored>;
-  if constexpr (kRest > 0) {
-    const Key rest = (Key(1) << kRest) - 1;
-    prefix = static_cast<Key>(prefix << kRest);
-    if (!(prefix >> (kKeyBits - 1))) prefix |= rest;
-  }
-  return logit_of(prefix);
-}
-
-template <class Stored, class T>
-__global__ void __launch_bounds__(kMostThreads) sample_kernel(Arguments<Stored, T> all) {
-  SHARED(Whole, bins, [kBins]);
-  SHARED(Found, found, [1]);
-  SHARED(T, scratch, [32]);
-  SHARED(Whole, sums, [32]);
-  SHARED(int, first, [1]);
-  const int64_t number = blockIdx.x, n = all.vocabulary;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  Row<Stored, T> row{all, all.logits + number * all.row_stride, T(0)};
-
-  T peak = -std::numeric_limits<T>::infinity();
-  for (int64_t i = threadIdx.x; i < n; i += static_cast<int>(blockDim.x)) {
-    const T x = row[i];
-    if (x > peak || x != x) peak = x;
-    if (peak != peak) break;
-  }
-  row.peak = peak = block_max(peak, scratch);
-  if (!(peak - peak == T(0))) {  // NaN or infinite: not a distribution
+__global__ void __launch_bounds__(sampling::kMostThreads) sample_kernel(SampleArguments<Stored, T> all) {
+  SHARED(sampling::Scratch<T>, scratch, [1]);
+  const int64_t number = blockIdx.x;
+  sampling::BlockSampler<Stored, T> sampler(all.row, number, scratch);
+  if (!sampler.find_peak()) {
     if (threadIdx.x == 0) {
       all.token[number] = -1;
       all.log_prob[number] = std::numeric_limits<T>::quiet_NaN();
     }
     return;
   }
-  if (all.greedy) {
-    if (threadIdx.x == 0) first[0] = 0x7fffffff;
-    __syncthreads();
-    for (int64_t i = threadIdx.x; i < n; i += static_cast<int>(blockDim.x)) {
-      if (row[i] == peak) {
-        atomicMin(&first[0], static_cast<int>(i));
-        break;
-      }
-    }
-    __syncthreads();
+  if (all.row.greedy) {
+    const int64_t token = sampler.first_of_peak();
     if (threadIdx.x == 0) {
-      all.token[number] = first[0];
+      all.token[number] = token;
       all.log_prob[number] = 0;
     }
     return;
   }
+  sampler.filter();
+  const double u = sampling::uniform(all.seeds[number], all.sample_ids[number * all.id_stride], all.positions[number]);
+  sampler.draw(u, [&](int64_t token, T log_prob) {
+    all.token[number] = token;
+    all.log_prob[number] = log_prob;
+  });
+}
 
-  T threshold = -std::numeric_limits<T>::infinity();
-  if (all.top_k < n) {
-    threshold = find_threshold(row, threshold, static_cast<double>(all.top_k), Count(), bins, found);
-  }
-  if (all.top_p < 1) {
-    Whole total = 0;
+template <class Stored, class T>
+struct FilterArguments {
+  sampling::RowArguments<Stored, T> row;
+  T* log_probs;  // (rows, vocabulary)
+};
+
+template <class Stored, class T>
+__global__ void __launch_bounds__(sampling::kMostThreads) filter_kernel(FilterArguments<Stored, T> all) {
+  SHARED(sampling::Scratch<T>, scratch, [1]);
+  const int64_t number = blockIdx.x, n = all.row.vocabulary;
+  T* const log_probs = all.log_probs + number * n;
+  sampling::BlockSampler<Stored, T> sampler(all.row, number, scratch);
+  const bool valid = sampler.find_peak();
+  if (!valid || all.row.greedy) {
+    const int64_t token = valid ? sampler.first_of_peak() : -1;
+    constexpr T kNone = -std::numeric_limits<T>::infinity(), kInvalid = std::numeric_limits<T>::quiet_NaN();
     for (int64_t i = threadIdx.x; i < n; i += static_cast<int>(blockDim.x)) {
-      const T x = row[i];
-      if (x >= threshold) total += static_cast<Whole>(row.weight(x));
+      log_probs[i] = !valid ? kInvalid : i == token ? T(0) : kNone;
     }
-    total = block_sum(total, sums);
-    threshold = find_threshold(row, threshold, all.top_p * static_cast<double>(total), Weight(), bins, found);
+    return;
   }
+  sampler.filter();
+  sampler.write(log_probs);
+}
 
-  // Each warp weighs a run of the row; the one in whose run the target falls looks for the token.
-  const int warps = static_cast<int>(blockDim.x / 32);
-  const int64_t run = (n + warps - 1) / warps, begin = min(n, warp * run), end = min(n, begin + run);
-  Whole own = 0;
-  for (int64_t i = begin + lane; i < end; i += 32) {
-    const T x = row[i];
-    if (x >= threshold) own += static_cast<Whole>(row.weight(x));
-  }
-  own = warp_sum(own);
-  __syncthreads();
-  if (lane == 0) sums[warp] = own;
-  __syncthreads();
-  Whole passed = 0, total = 0;
-  for (int w = 0; w < warps; ++w) {
-    if (w < warp) passed += sums[w];
-    total += sums[w];
-  }
-  const double target = sampling::draw_target(all.seeds[number], all.sample_ids[number * all.id_stride],
-                                              all.positions[number], static_cast<double>(total));
-  if (static_cast<double>(passed) > target || static_cast<double>(passed + own) <= target) return;
-  for (int64_t base = begin; base < end; base += 32) {
-    const T x = base + lane < end ? row[base + lane] : T(0);
-    const Whole weight = base + lane < end && x >= threshold ? static_cast<Whole>(row.weight(x)) : 0;
-    Whole upto = weight;
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const Whole lower = __shfl_up_sync(~0u, upto, offset);
-      if (lane >= offset) upto += lower;
-    }
-    const unsigned reached = __ballot_sync(~0u, static_cast<double>(passed + upto) > target);
-    if (reached) {
-      if (lane == __ffs(static_cast<int>(reached)) - 1) {
-        all.token[number] = base + lane;
-        all.log_prob[number] =
-            static_cast<T>(sampling::log_share(x, peak, all.temperature, static_cast<double>(total), all.bits));
-      }
+template <class Stored, class T>
+sampling::RowArguments<Stored, T> row_arguments(const Grid<Stored>& logits, int64_t vocabulary,
+                                                const sampling::Filters& filters) {
+  sampling::RowArguments<Stored, T> row{};
+  row.logits = logits;
+  row.vocabulary = vocabulary;
+  row.greedy = filters.temperature == 0;
+  row.temperature = sampling::usable_temperature<T>(filters.temperature);
+  row.margin = sampling::min_p_margin<T>(filters.temperature, filters.min_p);
+  row.bits = sampling::weight_bits(vocabulary);
+  row.scale = static_cast<T>(sampling::power_of_two(row.bits));
+  row.bins_per_unit = sampling::usable_temperature<T>(sampling::kBinsPerDepth / static_cast<double>(row.temperature));
+  row.top_k = filters.top_k;
+  row.top_p = filters.top_p;
+  row.typical_p = filters.typical_p;
+  row.split_ties = filters.split_ties;
+  return row;
+}
+
+unsigned threads_for(int64_t vocabulary) {
+  unsigned threads = sampling::kFewestThreads;
+  while (threads < sampling::kMostThreads && threads * sampling::kPerThread < vocabulary) threads *= 2;
+  return threads;
+}
+
+// Calls f(arguments of the rows) with the scores of all rows, after writing them where they are not the logits.
+template <class F>
+void with_scores(const Tensor& logits, const std::optional<Tensor>& unconditional, const std::optional<Tensor>& history,
+                 const std::optional<Tensor>& allowed, const sampling::Filters& filters, Stream stream, const F& f) {
+  check_filters(logits, unconditional, history, allowed, filters);
+  const int64_t rows = logits.size(0), vocabulary = logits.size(1);
+  check(rows <= 0x7fffffff, "logits has too many rows for one launch: ", rows);
+  for_dtype(logits.scalar_type(), [&](auto zero) {
+    using Stored = decltype(zero);
+    using T = typename arithmetic<Stored>::type;
+    const Sources<Stored> sources(logits, unconditional, history, allowed, filters);
+    if (sources.plain()) {
+      f(row_arguments<Stored, T>(sources.logits, vocabulary, filters));
       return;
     }
-    passed += __shfl_sync(~0u, upto, 31);
-  }
+    const Tensor scores = empty_like_shape(logits, sum_dtype(logits));
+    ScoreArguments<Stored, T> all{sources,
+                                  vocabulary,
+                                  static_cast<T>(filters.guidance_scale),
+                                  static_cast<T>(filters.repetition_penalty),
+                                  T(0),
+                                  sampling::weight_bits(vocabulary),
+                                  static_cast<T*>(scores.data_ptr())};
+    all.scale = static_cast<T>(sampling::power_of_two(all.bits));
+    launch(score_kernel<Stored, T>, dim3(static_cast<unsigned>(rows)), dim3(threads_for(vocabulary)), 0, stream, all);
+    f(row_arguments<T, T>(grid_of<T>(scores), vocabulary, filters));
+  });
 }
 
 std::tuple<Tensor, Tensor> sample_logits(Tensor logits, Tensor sample_ids, int64_t seed, std::optional<Tensor> seeds,
                                          int64_t position, std::optional<Tensor> positions, double temperature,
-                                         int64_t top_k, double top_p) {
-  check_sample_logits(logits, sample_ids, temperature, top_k, top_p);
+                                         int64_t top_k, double top_p, double min_p, double typical_p, bool split_ties,
+                                         std::optional<Tensor> unconditional, double guidance_scale,
+                                         std::optional<Tensor> history, double repetition_penalty,
+                                         std::optional<Tensor> allowed) {
+  check_logits(logits);
+  check_sample_ids(sample_ids, logits);
   const int64_t rows = logits.size(0);
-  check(rows <= 0x7fffffff, "logits has too many rows for one launch: ", rows);
+  const PerRow all_seeds = per_row("seed", seeds, seed, logits);
+  const PerRow all_positions = per_row("position", positions, position, logits);
   Tensor token = torch::stable::new_empty(logits, {rows}, ScalarType::Long);
   Tensor log_prob = torch::stable::new_empty(logits, {rows}, sum_dtype(logits));
-  for_dtype(logits.scalar_type(), [&](auto zero) {
-    using Stored = decltype(zero);
-    using T = typename arithmetic<Stored>::type;
-    Arguments<Stored, T> all{};
-    all.logits = static_cast<const Stored*>(logits.data_ptr());
-    all.row_stride = logits.stride(0);
-    all.stride = logits.stride(1);
-    all.vocabulary = logits.size(1);
-    all.seeds = per_row("seed", seeds, seed, logits);
-    all.positions = per_row("position", positions, position, logits);
-    all.sample_ids = static_cast<const int64_t*>(sample_ids.data_ptr());
-    all.id_stride = sample_ids.stride(0);
-    all.greedy = temperature == 0;
-    all.temperature = sampling::usable_temperature<T>(temperature);
-    all.bits = sampling::weight_bits(logits.size(1));
-    all.scale = static_cast<T>(sampling::power_of_two(all.bits));
-    // 34 temperatures below the peak no weight is left, since 2^48 e^-34 rounds to zero.
-    all.bins_per_unit = sampling::usable_temperature<T>((kBins - 1) / (34.0 * static_cast<double>(all.temperature)));
-    all.top_k = top_k;
-    all.top_p = top_p;
-    all.token = static_cast<int64_t*>(token.data_ptr());
-    all.log_prob = static_cast<T*>(log_prob.data_ptr());
-    unsigned threads = kFewestThreads;
-    while (threads < kMostThreads && threads * kPerThread < all.vocabulary) threads *= 2;
-    const OnDevice device(logits.get_device_index());
-    launch(sample_kernel<Stored, T>, dim3(static_cast<unsigned>(rows)), dim3(threads), 0, device.stream(), all);
-  });
+  const OnDevice device(logits.get_device_index());
+  with_scores(logits, unconditional, history, allowed,
+              {guidance_scale, repetition_penalty, temperature, top_k, top_p, min_p, typical_p, split_ties},
+              device.stream(), [&]<class Stored, class T>(const sampling::RowArguments<Stored, T>& row) {
+                const SampleArguments<Stored, T> all{row,
+                                                     all_seeds,
+                                                     all_positions,
+                                                     static_cast<const int64_t*>(sample_ids.data_ptr()),
+                                                     sample_ids.stride(0),
+                                                     static_cast<int64_t*>(token.data_ptr()),
+                                                     static_cast<T*>(log_prob.data_ptr())};
+                launch(sample_kernel<Stored, T>, dim3(static_cast<unsigned>(rows)), dim3(threads_for(row.vocabulary)),
+                       0, device.stream(), all);
+              });
   return {token, log_prob};
+}
+
+Tensor filter_logits(Tensor logits, double temperature, int64_t top_k, double top_p, double min_p, double typical_p,
+                     bool split_ties, std::optional<Tensor> unconditional, double guidance_scale,
+                     std::optional<Tensor> history, double repetition_penalty, std::optional<Tensor> allowed) {
+  check_logits(logits);
+  Tensor log_probs = empty_like_shape(logits, sum_dtype(logits));
+  const OnDevice device(logits.get_device_index());
+  with_scores(logits, unconditional, history, allowed,
+              {guidance_scale, repetition_penalty, temperature, top_k, top_p, min_p, typical_p, split_ties},
+              device.stream(), [&]<class Stored, class T>(const sampling::RowArguments<Stored, T>& row) {
+                const FilterArguments<Stored, T> all{row, static_cast<T*>(log_probs.data_ptr())};
+                launch(filter_kernel<Stored, T>, dim3(static_cast<unsigned>(logits.size(0))),
+                       dim3(threads_for(row.vocabulary)), 0, device.stream(), all);
+              });
+  return log_probs;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(PYGEN_CUDA_NAMESPACE, PYGEN_CUDA_KEY, library) {
   library.impl("sample_logits", TORCH_BOX(&sample_logits));
+  library.impl("filter_logits", TORCH_BOX(&filter_logits));
 }
 
 }  // namespace

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         quadratic_spline,
         quadratic_spline_reference,
     )
-    from pygen.ops.sampling import sample_logits, sample_logits_reference
+    from pygen.ops.sampling import filter_logits, filter_logits_reference, sample_logits, sample_logits_reference
     from pygen.ops.schedule import diffusion_step, diffusion_step_reference
     from pygen.ops.spline import rational_quadratic_spline, rational_quadratic_spline_reference
     from pygen.ops.wavelet import haar, haar_reference, squeeze, squeeze_reference
@@ -40,6 +40,8 @@ _FAMILY_OF = {
     "cubic_spline_reference": "piecewise",
     "diffusion_step": "schedule",
     "diffusion_step_reference": "schedule",
+    "filter_logits": "sampling",
+    "filter_logits_reference": "sampling",
     "haar": "wavelet",
     "haar_reference": "wavelet",
     "linear_spline": "piecewise",
@@ -67,6 +69,7 @@ OPERATORS = {
     "attend_cached": ("attend_cached",),
     "cubic_spline": ("piecewise_spline_forward", "piecewise_spline_inverse", "piecewise_spline_backward"),
     "diffusion_step": ("diffusion_step", "diffusion_step_denoised", "diffusion_step_backward"),
+    "filter_logits": ("filter_logits",),
     "haar": ("wavelet_forward", "wavelet_inverse"),
     "linear_spline": ("piecewise_spline_forward", "piecewise_spline_inverse", "piecewise_spline_backward"),
     "logistic_mixture": ("logistic_mixture_forward", "logistic_mixture_inverse", "logistic_mixture_backward"),
@@ -96,6 +99,8 @@ __all__ = [
     "cubic_spline_reference",
     "diffusion_step",
     "diffusion_step_reference",
+    "filter_logits",
+    "filter_logits_reference",
     "haar",
     "haar_reference",
     "linear_spline",

@@ -19,6 +19,9 @@ from pygen.ops.noise import TOKEN_STREAM, philox_reference
 FILTERS = [
     {}, {"top_k": 1}, {"top_k": 40}, {"top_p": 0.9}, {"top_p": 1e-6}, {"top_k": 300, "top_p": 0.99999},
     {"top_k": 7, "top_p": 0.5, "temperature": 1.7}, {"temperature": 0.2, "top_p": 0.97}, {"temperature": 0},
+    {"min_p": 0.05}, {"min_p": 1.0, "top_k": 9}, {"typical_p": 0.9}, {"typical_p": 1e-6, "temperature": 0.6},
+    {"top_k": 30, "top_p": 0.95, "min_p": 0.02, "typical_p": 0.8}, {"top_p": 0.9, "ties": "transformers"},
+    {"top_k": 40, "top_p": 0.3, "ties": "transformers", "typical_p": 0.7},
 ]  # fmt: skip
 
 
@@ -259,13 +262,23 @@ def test_backends_agree_in_every_bit(backend, device):
         pytest.skip("compares the CPU kernels with the CUDA sources")
     ids = torch.arange(16)
     for dtype in (torch.float32, torch.bfloat16):
-        for options in ({}, {"top_k": 100}, {"top_p": 0.9}, {"temperature": 0.3}):
+        history = torch.randint(-1, 2000, (16, 50))
+        for options in (
+            {}, {"top_k": 100}, {"top_p": 0.9}, {"temperature": 0.3}, {"min_p": 0.01}, {"typical_p": 0.9},
+            {"guidance_scale": 1.5, "repetition_penalty": 1.2, "top_p": 0.8}, {"top_p": 0.7, "split_ties": True},
+        ):  # fmt: skip
             logits = (3 * torch.randn(16, 2000)).to(dtype)
-            fibers = ops.sample_logits(logits, seed=3, sample_ids=ids, position=8, **options)
+            unconditional = torch.randn(16, 2000).to(dtype)
+            ours = dict(options)
+            if ours.pop("split_ties", False):
+                ours["ties"] = "transformers"
+            fibers = ops.sample_logits(
+                logits, seed=3, sample_ids=ids, position=8, unconditional=unconditional, history=history, **ours
+            )
+            numbers = {"temperature": 1.0, "top_k": 2**31, "top_p": 1.0, **options}
             cpu = torch.ops.pygen.sample_logits(
-                logits, ids, 3, None, 8, None, options.get("temperature", 1.0), options.get("top_k", 2**31),
-                options.get("top_p", 1.0),
-            )  # fmt: skip
+                logits, ids, 3, None, 8, None, unconditional=unconditional, history=history, **numbers
+            )
             assert torch.equal(fibers[0], cpu[0])
             assert torch.equal(fibers[1], cpu[1])
 
@@ -289,11 +302,15 @@ def test_seeds_and_positions_may_be_tensors(backend, device):
 @given(
     st.integers(1, 400), st.sampled_from([0.05, 1.0, 5.0, 300.0]), st.none() | st.integers(1, 450),
     st.none() | st.floats(1e-6, 1.0), st.floats(0.05, 20.0), st.booleans(), st.integers(0, 2**30),
+    st.none() | st.floats(1e-6, 1.0), st.none() | st.floats(1e-6, 1.0), st.sampled_from(["keep", "transformers"]),
 )  # fmt: skip
-def test_any_row_and_filter(vocabulary, spread, top_k, top_p, temperature, ties, seed):
+def test_any_row_and_filter(vocabulary, spread, top_k, top_p, temperature, tied, seed, min_p, typical_p, ties):
     torch.manual_seed(seed)
     logits = spread * torch.randn(3, vocabulary, dtype=torch.float64)
-    agree(logits.round() if ties else logits, seed=seed, top_k=top_k, top_p=top_p, temperature=temperature)
+    agree(
+        logits.round() if tied else logits, seed=seed, top_k=top_k, top_p=top_p, temperature=temperature, min_p=min_p,
+        typical_p=typical_p, ties=ties,
+    )  # fmt: skip
 
 
 def test_empty_batch(backend, device):
@@ -322,6 +339,26 @@ REFUSALS = {
     "top_p is 0.0, but expected a number in (0, 1]": {"top_p": 0.0},
     "top_p is 1.5": {"top_p": 1.5},
     "top_p is nan": {"top_p": math.nan},
+    "min_p is -0.1, but expected a number in [0, 1]": {"min_p": -0.1},
+    "typical_p is 0, but expected a number in (0, 1]": {"typical_p": 0},
+    "repetition_penalty is 0, but expected a finite number > 0": {"repetition_penalty": 0},
+    "repetition_penalty is 1.2, but there is no history": {"repetition_penalty": 1.2},
+    "history has shape (2,), but expected (2, length)": {"repetition_penalty": 1.2, "history": torch.arange(2)},
+    "history has dtype torch.int32": {"repetition_penalty": 1.2, "history": torch.zeros(2, 3, dtype=torch.int32)},
+    "guidance_scale is inf": {"guidance_scale": math.inf},
+    "guidance_scale is 2.0, but there are no unconditional logits": {"guidance_scale": 2.0},
+    "unconditional has shape (2, 4), but expected (2, 5)": {
+        "guidance_scale": 2.0,
+        "unconditional": torch.zeros(2, 4),
+    },
+    "unconditional has dtype torch.float64": {
+        "guidance_scale": 2.0,
+        "unconditional": torch.zeros(2, 5, dtype=torch.float64),
+    },
+    "unconditional is on meta": {"guidance_scale": 2.0, "unconditional": torch.zeros(2, 5, device="meta")},
+    "allowed has shape (4,), but expected (5,), (1, 5) or (2, 5)": {"allowed": torch.ones(4, dtype=torch.bool)},
+    "allowed has dtype torch.float32": {"allowed": torch.ones(5)},
+    'ties is \'split\', but expected "keep" or "transformers"': {"ties": "split"},
     "position is 1073741824": {"position": 2**30},
     "position is -1": {"position": -1},
     "position has shape (3,)": {"position": torch.arange(3)},
