@@ -299,7 +299,10 @@ def test_extreme_input_stays_finite(backend, device, tails, parametrization):
                     results = gradients(
                         rational_quadratic_spline, [x.expand(40, 9), (parameters * scale).to(dtype)], **options
                     )
-                    for result in results if minimum else results[:2]:
+                    if inverse and not minimum and tails is None and parametrization == "softplus":
+                        # Far out, the inverse of a straight line whose slope may be 0 has no derivative by it in range.
+                        results = (*results[:3], results[3][:, 1:])
+                    for result in results:
                         assert result.isfinite().all()
 
 
