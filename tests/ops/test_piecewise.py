@@ -329,8 +329,8 @@ def test_agrees_with_nflows(degree, shape, bins, tails, inverse, double):
 
     y, ladj = SPLINES[degree](x, parameters, inverse=inverse, event_dims=0, **ours)
     expected_y, expected_ladj = peer(x, parameters, inverse)
-    # nflows moves the last knot of the linear one by 1e-6 to invert, and finds the cubic's root by a formula that cancels,
-    # of which its own tests ask no more than this.
+    # nflows moves the last knot of the linear one by 1e-6 to invert, and finds the cubic's root by a formula that
+    # cancels, of which its own tests ask no more than this.
     rough = {1: 1e-4 if double else 4e-3, 3: 1e-2} if inverse else {}
     tolerance = rough.get(degree, 1e-8 if double else 4e-3 if inverse else 1e-4)
     torch.testing.assert_close(y, expected_y, rtol=tolerance, atol=tolerance)
