@@ -4,22 +4,27 @@
 // 16 sums in registers nor adds up a register in fewer than a dozen steps.
 #pragma once
 
+#include <bit>
+
 #include "cache.h"
 #include "tensor.h"
 
 namespace pygen {
 
-constexpr int64_t kTile = 32;      // keys converted at a time, so that they stay in the first-level cache
+constexpr int64_t kTile = 32;      // keys taken at a time: the bits of a word, and few enough for the first-level cache
 constexpr int64_t kTileRows = 16;  // query rows that share one reading of the keys
+constexpr int64_t kRowsTogether = 4;
 
-// Query rows (scaled) against keys begin .. end - 1, of which row r may see the first seen[r].
+// Query rows (scaled) against the keys at positions begin .. end - 1, of which row r sees first[r] .. last[r] - 1 as
+// far as the mask lets it.
 template <class Compute, class Stored>
 struct Split {
   const Compute* query;  // (rows, width)
-  const Stored *keys, *values;
-  int64_t key_stride, value_stride;
+  cache::Places<Stored> keys, values;
+  cache::Places<float> key_scales, value_scales;  // where Stored is scaled
+  cache::Mask mask;
   int64_t rows, width, begin, end;
-  const int64_t* seen;
+  const int64_t *first, *last, *mask_rows;
   Compute *peak, *sum, *accumulator;  // (rows,), (rows,), (rows, width): written
   Compute* buffer;                    // (kTile, width)
 };
@@ -43,9 +48,49 @@ PYGEN_INLINE T sum_of(const typename Lanes<T, kBytes>::type& lanes) {
   }
 }
 
+PYGEN_INLINE float widen(float x) { return x; }
+PYGEN_INLINE double widen(double x) { return x; }
+PYGEN_INLINE float widen(BFloat16 x) { return scalar::float_of_bfloat16(x.x); }
+PYGEN_INLINE float widen(Half x) { return scalar::float_of_half(x.x); }
+PYGEN_INLINE float widen(int8_t x) { return cache::decode(x); }
+PYGEN_INLINE float widen(cache::Float8 x) { return cache::decode(x); }
+
+// As many stored numbers as a register has lanes of Compute: what `widen` does, for all of them.
+template <class Compute, int kBytes, class Stored>
+PYGEN_INLINE typename Lanes<Compute, kBytes>::type load_lanes(const Stored* from) {
+  using V = typename Lanes<Compute, kBytes>::type;
+  if constexpr (std::is_same_v<Compute, Stored>) {
+    return *reinterpret_cast<const V*>(from);
+  } else {
+    using Words = typename Lanes<uint32_t, kBytes>::type;
+    if constexpr (std::is_same_v<Stored, int8_t>) {
+      const auto codes = *reinterpret_cast<const typename Lanes<int8_t, kBytes / 4>::type*>(from);
+      return __builtin_convertvector(codes, V);
+    } else if constexpr (std::is_same_v<Stored, cache::Float8>) {
+      const auto codes = *reinterpret_cast<const typename Lanes<uint8_t, kBytes / 4>::type*>(from);
+      const Words bits = __builtin_convertvector(codes, Words), magnitude = bits & 0x7f;
+      const Words finite = (Words)((V)(magnitude << 20) * 0x1p120f);
+      const Words nan = (Words)(magnitude == 0x7f) & 0x7fc00000u;
+      return (V)(finite | nan | (bits & 0x80) << 24);
+    } else {
+      const auto halves = *reinterpret_cast<const typename Lanes<uint16_t, kBytes / 2>::type*>(from);
+      const Words bits = __builtin_convertvector(halves, Words);
+      if constexpr (std::is_same_v<Stored, BFloat16>) {
+        return (V)(bits << 16);
+      } else {
+        const Words magnitude = (bits & 0x7fff) << 13;
+        const Words finite = (Words)((V)magnitude * 0x1p112f);
+        // Infinity and NaN: all the bits of the exponent, and the mantissa as it was.
+        const Words special = (Words)(magnitude >= (31u << 23)) & (0x7f800000u | magnitude);
+        return (V)(finite | special | (bits & 0x8000) << 16);
+      }
+    }
+  }
+}
+
 // Scores of kRows rows against keys from .. to - 1, kKeys at a time: each load of a row or a key serves several.
-template <int kBytes, int kRows, int kKeys, class T>
-PYGEN_INLINE void score(const T* rows, const T* keys, int64_t stride, int64_t width, int64_t from, int64_t to,
+template <int kBytes, int kRows, int kKeys, class T, class Stored>
+PYGEN_INLINE void score(const T* rows, const Stored* const* keys, int64_t width, int64_t from, int64_t to,
                         T (*scores)[kTile]) {
   using V = typename Lanes<T, kBytes>::type;
   constexpr int kLanes = kBytes / sizeof(T);
@@ -55,7 +100,7 @@ PYGEN_INLINE void score(const T* rows, const T* keys, int64_t stride, int64_t wi
     for (; d + kLanes <= width; d += kLanes) {
       V key[kKeys];
 #pragma GCC unroll 4
-      for (int k = 0; k < kKeys; ++k) key[k] = *reinterpret_cast<const V*>(keys + (j + k) * stride + d);
+      for (int k = 0; k < kKeys; ++k) key[k] = load_lanes<T, kBytes>(keys[j + k] + d);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
         const V row = *reinterpret_cast<const V*>(rows + r * width + d);
@@ -68,91 +113,175 @@ PYGEN_INLINE void score(const T* rows, const T* keys, int64_t stride, int64_t wi
 #pragma GCC unroll 4
       for (int k = 0; k < kKeys; ++k) {
         T sum = sum_of<T, kBytes>(sums[r][k]);
-        for (int64_t rest = d; rest < width; ++rest) sum += rows[r * width + rest] * keys[(j + k) * stride + rest];
+        for (int64_t rest = d; rest < width; ++rest) sum += rows[r * width + rest] * widen(keys[j + k][rest]);
         scores[r][j + k] = sum;
       }
     }
   }
 }
 
-// Adds values from .. to - 1, each by its weight, to the accumulators of kRows rows.
-template <int kBytes, int kRows, class T>
-PYGEN_INLINE void add(const T (*weights)[kTile], const T* values, int64_t stride, int64_t width, int64_t from,
-                      int64_t to, T* accumulator) {
+// Adds the values from .. to - 1, each by its weight, to kRows accumulators, kSteps registers of each at a time: one
+// alone would wait for its own last sum.
+template <int kBytes, int kRows, int kSteps, class T, class Stored>
+PYGEN_INLINE int64_t add_columns(const T (*weights)[kTile], const Stored* const* values, int64_t width, int64_t d,
+                                 int64_t from, int64_t to, T* accumulator) {
   using V = typename Lanes<T, kBytes>::type;
   constexpr int kLanes = kBytes / sizeof(T);
-  if (from >= to) return;
-  int64_t d = 0;
-  for (; d + kLanes <= width; d += kLanes) {
-    V sums[kRows];
+  for (; d + kSteps * kLanes <= width; d += kSteps * kLanes) {
+    V sums[kRows][kSteps];
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) sums[r] = *reinterpret_cast<const V*>(accumulator + r * width + d);
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int s = 0; s < kSteps; ++s) {
+        sums[r][s] = *reinterpret_cast<const V*>(accumulator + r * width + d + s * kLanes);
+      }
+    }
     for (int64_t j = from; j < to; ++j) {
-      const V value = *reinterpret_cast<const V*>(values + j * stride + d);
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) sums[r] += weights[r][j] * value;
+      for (int s = 0; s < kSteps; ++s) {
+        const V value = load_lanes<T, kBytes>(values[j] + d + s * kLanes);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) sums[r][s] += weights[r][j] * value;
+      }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) *reinterpret_cast<V*>(accumulator + r * width + d) = sums[r];
-  }
-  for (; d < width; ++d) {
     for (int r = 0; r < kRows; ++r) {
-      for (int64_t j = from; j < to; ++j) accumulator[r * width + d] += weights[r][j] * values[j * stride + d];
+#pragma GCC unroll 4
+      for (int s = 0; s < kSteps; ++s) {
+        *reinterpret_cast<V*>(accumulator + r * width + d + s * kLanes) = sums[r][s];
+      }
+    }
+  }
+  return d;
+}
+
+template <int kBytes, int kRows, class T, class Stored>
+PYGEN_INLINE void add(const T (*weights)[kTile], const Stored* const* values, int64_t width, uint32_t seen,
+                      T* accumulator) {
+  while (seen) {
+    const int64_t from = std::countr_zero(seen), to = from + std::countr_one(seen >> from);
+    seen = to == kTile ? 0 : seen & (~0u << to);
+    int64_t d = add_columns<kBytes, kRows, 4>(weights, values, width, 0, from, to, accumulator);
+    d = add_columns<kBytes, kRows, 1>(weights, values, width, d, from, to, accumulator);
+    for (; d < width; ++d) {
+      for (int r = 0; r < kRows; ++r) {
+        for (int64_t j = from; j < to; ++j) accumulator[r * width + d] += weights[r][j] * widen(values[j][d]);
+      }
     }
   }
 }
 
-PYGEN_INLINE float widen(BFloat16 x) { return scalar::float_of_bfloat16(x.x); }
-PYGEN_INLINE float widen(Half x) { return scalar::float_of_half(x.x); }
-
+// The keys from position `tile` on that a row sees, one bit each; what its mask adds to their scores goes to `bias`.
 template <class Compute, class Stored>
-PYGEN_INLINE const Compute* widen_tile(const Stored* rows, int64_t stride, int64_t n, int64_t width, Compute* buffer,
-                                       int64_t* out_stride) {
-  if constexpr (std::is_same_v<Compute, Stored>) {
-    *out_stride = stride;
-    return rows;
-  } else {
-    for (int64_t j = 0; j < n; ++j) {
-      const Stored* from = rows + j * stride;
-      Compute* to = buffer + j * width;
-      for (int64_t d = 0; d < width; ++d) to[d] = widen(from[d]);
+inline uint32_t seen_of(const Split<Compute, Stored>& x, int64_t r, int64_t tile, int64_t n, Compute* bias) {
+  const int64_t from = std::max<int64_t>(x.first[r] - tile, 0), to = std::min(x.last[r] - tile, n);
+  if (from >= to) return 0;
+  uint32_t seen = (to == kTile ? ~0u : (1u << to) - 1) & (~0u << from);
+  if (x.mask.kind == cache::MaskKind::kNone) return seen;
+  for (int64_t j = from; j < to; ++j) {
+    bias[j] = x.mask.template at<Compute>(x.mask_rows[r], tile + j);
+    if (bias[j] == cache::kNothing<Compute>) seen &= ~(1u << j);
+  }
+  return seen;
+}
+
+// Rows of a tile where they lie, or widened into the buffer where so many query rows read them that it pays.
+template <int kBytes, class Compute, class Stored>
+PYGEN_INLINE void widen_tile(const Stored* const* rows, int64_t n, int64_t width, Compute* buffer,
+                             const Compute** widened) {
+  using V = typename Lanes<Compute, kBytes>::type;
+  constexpr int kLanes = kBytes / sizeof(Compute);
+  for (int64_t j = 0; j < n; ++j) {
+    Compute* to = buffer + j * width;
+    int64_t d = 0;
+    for (; d + kLanes <= width; d += kLanes) {
+      *reinterpret_cast<V*>(to + d) = load_lanes<Compute, kBytes>(rows[j] + d);
     }
-    *out_stride = width;
-    return buffer;
+    for (; d < width; ++d) to[d] = widen(rows[j][d]);
+    widened[j] = to;
+  }
+}
+
+template <int kBytes, class Compute, class Element>
+PYGEN_INLINE void score_tile(const Compute* query, int64_t rows, const Element* const* keys, int64_t width, int64_t n,
+                             Compute (*scores)[kTile]) {
+  constexpr int kRows = kRowsTogether, kKeys = 4;
+  const int64_t whole = n / kKeys * kKeys;
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows) {
+    score<kBytes, kRows, kKeys>(query + r * width, keys, width, 0, whole, scores + r);
+    score<kBytes, kRows, 1>(query + r * width, keys, width, whole, n, scores + r);
+  }
+  for (; r < rows; ++r) {
+    score<kBytes, 1, kKeys>(query + r * width, keys, width, 0, whole, scores + r);
+    score<kBytes, 1, 1>(query + r * width, keys, width, whole, n, scores + r);
+  }
+}
+
+// What a row does not see is not added by a weight of zero: it can be infinite.
+template <int kBytes, class Compute, class Element>
+PYGEN_INLINE void add_tile(const Compute (*weights)[kTile], const uint32_t* seen, int64_t rows,
+                           const Element* const* values, int64_t width, Compute* accumulator) {
+  constexpr int kRows = kRowsTogether;
+  for (int64_t first = 0; first < rows; first += kRows) {
+    const int64_t end = std::min(first + kRows, rows);
+    uint32_t shared = end - first == kRows ? ~0u : 0;  // what four rows see together
+    for (int64_t r = first; r < end; ++r) shared &= seen[r];
+    if (shared) add<kBytes, kRows>(weights + first, values, width, shared, accumulator + first * width);
+    for (int64_t r = first; r < end; ++r) {
+      if (seen[r] & ~shared) add<kBytes, 1>(weights + r, values, width, seen[r] & ~shared, accumulator + r * width);
+    }
   }
 }
 
 template <int kBytes, class Compute, class Stored>
 PYGEN_INLINE void attend_rows_by(const Split<Compute, Stored>& x) {
-  constexpr int64_t kRows = 4, kKeys = 4;
   const int64_t width = x.width;
   for (int64_t r = 0; r < x.rows; ++r) {
     x.peak[r] = cache::kNothing<Compute>;
     x.sum[r] = 0;
     for (int64_t d = 0; d < width; ++d) x.accumulator[r * width + d] = 0;
   }
-  Compute scores[kTileRows][kTile];
+  const bool widened = !std::is_same_v<Compute, Stored> && x.rows > kRowsTogether;
+  Compute scores[kTileRows][kTile], bias[kTileRows][kTile], key_scales[kTile], value_scales[kTile];
+  const Stored* rows[kTile];
+  const Compute* wide_rows[kTile];
+  uint32_t seen[kTileRows];
   for (int64_t tile = x.begin; tile < x.end; tile += kTile) {
     const int64_t n = std::min(kTile, x.end - tile);
-    int64_t visible[kTileRows];
-    for (int64_t r = 0; r < x.rows; ++r) visible[r] = std::max<int64_t>(0, std::min(n, x.seen[r] - tile));
-    int64_t stride;
-    const Compute* keys = widen_tile(x.keys + tile * x.key_stride, x.key_stride, n, width, x.buffer, &stride);
-    for (int64_t first = 0; first < x.rows; first += kRows) {
-      const int64_t end = std::min(first + kRows, x.rows);
-      int64_t shared = 0;  // keys that four rows meet together
-      if (end - first == kRows) shared = *std::min_element(visible + first, visible + end) / kKeys * kKeys;
-      score<kBytes, kRows, kKeys>(x.query + first * width, keys, stride, width, 0, shared, scores + first);
-      for (int64_t r = first; r < end; ++r) {
-        const int64_t whole = visible[r] / kKeys * kKeys;
-        score<kBytes, 1, kKeys>(x.query + r * width, keys, stride, width, shared, whole, scores + r);
-        score<kBytes, 1, 1>(x.query + r * width, keys, stride, width, whole, visible[r], scores + r);
+    uint32_t any = 0;
+    for (int64_t r = 0; r < x.rows; ++r) any |= seen[r] = seen_of(x, r, tile, n, bias[r]);
+    if (!any) continue;
+    for (int64_t j = 0; j < n; ++j) rows[j] = x.keys.at(tile + j);
+    if constexpr (cache::kScaled<Stored>) {
+      for (int64_t j = 0; j < kTile; ++j) {
+        key_scales[j] = j < n ? *x.key_scales.at(tile + j) : 0;
+        value_scales[j] = j < n ? *x.value_scales.at(tile + j) : 0;
       }
     }
+    if (widened) {
+      widen_tile<kBytes>(rows, n, width, x.buffer, wide_rows);
+      score_tile<kBytes>(x.query, x.rows, wide_rows, width, n, scores);
+    } else {
+      score_tile<kBytes>(x.query, x.rows, rows, width, n, scores);
+    }
     for (int64_t r = 0; r < x.rows; ++r) {
-      if (visible[r] == 0) continue;
+      if (!seen[r]) continue;
       Compute* s = scores[r];
-      for (int64_t j = visible[r]; j < kTile; ++j) s[j] = cache::kNothing<Compute>;
+      if constexpr (cache::kScaled<Stored>) {
+        for (int64_t j = 0; j < kTile; ++j) s[j] *= key_scales[j];
+      }
+      if (x.mask.kind != cache::MaskKind::kNone) {
+        for (int64_t j = 0; j < kTile; ++j) {
+          s[j] += bias[r][j];
+          // A sum of large numbers can come to minus infinity too.
+          if (s[j] == cache::kNothing<Compute>) seen[r] &= ~(1u << j);
+        }
+        if (!seen[r]) continue;
+      }
+      if (seen[r] != ~0u) {
+        for (int64_t j = 0; j < kTile; ++j) s[j] = seen[r] >> j & 1 ? s[j] : cache::kNothing<Compute>;
+      }
       Compute peak = x.peak[r];
       for (int64_t j = 0; j < kTile; ++j) peak = cache::higher(s[j], peak);
       Compute weight = 0;
@@ -165,16 +294,16 @@ PYGEN_INLINE void attend_rows_by(const Split<Compute, Stored>& x) {
       if (shrink != 1) {
         for (int64_t d = 0; d < width; ++d) x.accumulator[r * width + d] *= shrink;
       }
-    }
-    const Compute* values = widen_tile(x.values + tile * x.value_stride, x.value_stride, n, width, x.buffer, &stride);
-    for (int64_t first = 0; first < x.rows; first += kRows) {
-      const int64_t end = std::min(first + kRows, x.rows);
-      const int64_t shared = end - first == kRows ? *std::min_element(visible + first, visible + end) : 0;
-      add<kBytes, kRows>(scores + first, values, stride, width, 0, shared, x.accumulator + first * width);
-      for (int64_t r = first; r < end; ++r) {
-        // Not by a weight of zero: what a row may not see can be infinite.
-        add<kBytes, 1>(scores + r, values, stride, width, shared, visible[r], x.accumulator + r * width);
+      if constexpr (cache::kScaled<Stored>) {
+        for (int64_t j = 0; j < kTile; ++j) s[j] *= value_scales[j];
       }
+    }
+    for (int64_t j = 0; j < n; ++j) rows[j] = x.values.at(tile + j);
+    if (widened) {
+      widen_tile<kBytes>(rows, n, width, x.buffer, wide_rows);
+      add_tile<kBytes>(scores, seen, x.rows, wide_rows, width, x.accumulator);
+    } else {
+      add_tile<kBytes>(scores, seen, x.rows, rows, width, x.accumulator);
     }
   }
 }

@@ -61,9 +61,16 @@ constexpr const char* kSchemas[] = {
     // noise
     "noise(Tensor sample_ids, SymInt[] shape, SymInt seed, Tensor? seeds, SymInt draw, Tensor? draws, "
     "ScalarType dtype, bool uniform) -> Tensor",
-    // cache
-    "attend_cached(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
-    "Tensor(c!) lengths, float scale) -> Tensor",
+    // cache: scales with 8-bit caches; pages, (batch, pages of a sequence), where caches are pages; cos, sin, positions
+    // of a rotary embedding; a window of 0 is everything before
+    "attend_cached(Tensor query, Tensor? key, Tensor? value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+    "Tensor(c!) lengths, float scale, Tensor(d!)? key_scales=None, Tensor(e!)? value_scales=None, "
+    "Tensor? pages=None, Tensor? mask=None, Tensor? cos=None, Tensor? sin=None, Tensor? positions=None, "
+    "bool interleaved=False, int axes=1, bool sinks_in_cache=True, bool causal=True, int window=0, int sinks=0) "
+    "-> Tensor",
+    "append_cached(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor(c!) lengths, "
+    "Tensor(d!)? key_scales=None, Tensor(e!)? value_scales=None, Tensor? pages=None, Tensor? cos=None, "
+    "Tensor? sin=None, Tensor? positions=None, bool interleaved=False, int axes=1, int window=0, int sinks=0) -> ()",
     // sampling: seeds and positions, (rows,) or (), take precedence over seed and position
     "sample_logits(Tensor logits, Tensor sample_ids, SymInt seed, Tensor? seeds, SymInt position, Tensor? positions, "
     "float temperature, int top_k, float top_p, float min_p=0.0, float typical_p=1.0, bool split_ties=False, "

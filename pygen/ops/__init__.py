@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from pygen.ops.noise import noise
 
 if TYPE_CHECKING:
-    from pygen.ops.cache import attend_cached, attend_cached_reference
+    from pygen.ops.cache import append_cached, attend_cached
+    from pygen.ops.cache_reference import append_cached_reference, attend_cached_reference
     from pygen.ops.coupling import affine, affine_reference
     from pygen.ops.masked import MaskedAffine, MaskedSpline, masked_inverse, masked_inverse_reference
     from pygen.ops.masked_network import MaskedNetwork
@@ -29,17 +30,21 @@ if TYPE_CHECKING:
     from pygen.ops.wavelet import haar, haar_reference, squeeze, squeeze_reference
 
 _FAMILY_OF = {
+    from pygen.ops.rotary import Rotary, rotary_tables, rotary_tables_2d
     "MaskedAffine": "masked",
     "MaskedNetwork": "masked_network",
     "MaskedSpline": "masked",
     "affine": "coupling",
     "affine_reference": "coupling",
     "attend_cached": "cache",
-    "attend_cached_reference": "cache",
+    "attend_cached_reference": "cache_reference",
     "cubic_spline": "piecewise",
     "cubic_spline_reference": "piecewise",
+    "Rotary": "rotary",
     "diffusion_step": "schedule",
     "diffusion_step_reference": "schedule",
+    "append_cached": "cache",
+    "append_cached_reference": "cache_reference",
     "filter_logits": "sampling",
     "filter_logits_reference": "sampling",
     "haar": "wavelet",
@@ -78,6 +83,7 @@ OPERATORS = {
     "quadratic_spline": ("piecewise_spline_forward", "piecewise_spline_inverse", "piecewise_spline_backward"),
     "rational_quadratic_spline": (
         "rational_quadratic_spline_forward",
+    "append_cached": ("append_cached",),
         "rational_quadratic_spline_inverse",
         "rational_quadratic_spline_backward",
     ),
@@ -105,8 +111,11 @@ __all__ = [
     "haar_reference",
     "linear_spline",
     "linear_spline_reference",
+    "Rotary",
     "logistic_mixture",
     "logistic_mixture_reference",
+    "append_cached",
+    "append_cached_reference",
     "masked_inverse",
     "masked_inverse_reference",
     "noise",
