@@ -24,7 +24,7 @@ BLOCK_ROWS = 48
 
 
 def masks_of(network: MaskedNetwork) -> dict[int, Booleans]:
-    """For each linear node (units, sources): which weights count."""
+    """For each linear node (units, sources): which weights count. A mask with other numbers than 0 and 1 is refused."""
     masks: dict[int, Booleans] = {}
     for index, node in enumerate(network.nodes):
         if node.kind == "linear":
@@ -32,7 +32,14 @@ def masks_of(network: MaskedNetwork) -> dict[int, Booleans]:
             if mask is None:
                 masks[index] = np.ones((node.units, network.nodes[node.sources[0]].units), np.bool_)
             else:
-                masks[index] = (mask.detach()[:, slice(*node.columns)] != 0).cpu().numpy()
+                mask = mask.detach()[:, slice(*node.columns)]
+                other = mask[(mask != 0) & (mask != 1)]
+                if len(other):
+                    raise ValueError(
+                        f"the mask of {type(node.layer).__name__}, node {index} of network, has {other[0].item()}, but "
+                        "expected zeros and ones"
+                    )
+                masks[index] = (mask != 0).cpu().numpy()
     return masks
 
 

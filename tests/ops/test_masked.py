@@ -354,6 +354,15 @@ def test_refuses_what_is_not_autoregressive(entries, sentence):
         ops.masked_inverse(torch.zeros(1, 5), corrupted(*entries), elementwise=CLAMPED)
 
 
+def test_refuses_a_mask_that_weighs():
+    mask = torch.ones(4, 4).tril(-1).repeat_interleave(2, 0)
+    mask[6, 1] = 0.5
+    network = MaskedNetwork(4)
+    network.linear(network.x, Layer(mask))
+    with pytest.raises(ValueError, match=r"the mask of Layer, node 1 of network, has 0.5, but expected zeros and ones"):
+        ops.masked_inverse(torch.zeros(1, 4), network, elementwise=CLAMPED)
+
+
 def test_refuses_a_cycle_through_others():
     mask = torch.zeros(3, 3)
     mask[0, 2] = mask[2, 1] = mask[1, 0] = 1
