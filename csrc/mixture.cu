@@ -1,88 +1,30 @@
-// The logistic mixture on CUDA: one thread an element. A block stages the parameters of its elements in shared memory,
-// neighbouring threads reading neighbouring numbers, and the backward leaves the gradients in their place. The log
-// slopes of a row are added in a fixed order by a second kernel: results repeat bit for bit.
+// The logistic mixture on CUDA: one thread per element, its parameters in shared memory.
 #include "mixture.h"
 
 #include "ladj.h"
-#include "lanes.h"
 #include "mixture_checks.h"
 #include "simt.h"
 #include "tensor.h"
-#include "vector.h"
+#include "tiles.h"
 
 namespace pygen {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr int kMostElements = 128;  // of a block
-constexpr int64_t kStagedBytes = 48 * 1024;
-constexpr int kRowThreads = 256;
-constexpr int64_t kWarpWidth = 1024;  // rows up to this width are added by a warp each
-
-struct Output {
-  void* data;
-  ScalarType dtype;
-};
-
-// One packed tensor, or logits, means and log scales.
-struct Parts {
-  Records parts[3];
-  bool planar[3];
-  int count = 0, components = 0;
-  int stride = 0;  // of an element in shared memory: odd, so that threads reach different banks
-};
-
 template <class T>
 struct MixtureArguments {
-  Parts parameters;
+  tiles::Parts parameters;
   Rows x;  // all elements in one row, as are those below
-  int64_t elements;
-  Output y;
-  T* slopes;  // log dy/dx, or minus it, of each element
+  tiles::Output y;
+  T* ladj;
 };
 
 template <class T>
 struct BackwardArguments {
-  Parts parameters;
+  tiles::Parts parameters;
   Rows x, grad_output, grad_ladj;
   int64_t elements, width;
-  Output grad_input, grad_parameters;
+  tiles::Output grad_input, grad_parameters;
 };
-
-template <class T>
-__device__ __forceinline__ T load(const Rows& rows, int64_t element) {
-  T value;
-  load_vector<1>(rows.data, rows.dtype, rows.event_offset(element), 1, true, &value);
-  return value;
-}
-
-template <class T>
-__device__ __forceinline__ void store(const Output& output, int64_t at, T value) {
-  store_vector<1>(output.data, output.dtype, at, 1, true, &value);
-}
-
-// The parameters of elements first .. first + count.
-template <class T>
-__device__ __forceinline__ void stage(const Parts& parameters, int64_t first, int count, T* shared) {
-  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  int offset = 0;
-  for (int p = 0; p < parameters.count; ++p) {
-    const Records& part = parameters.parts[p];
-    const int values = static_cast<int>(part.count);
-    // What lies side by side in memory goes to neighbouring threads: elements, or one element's parameters.
-    const bool planar = parameters.planar[p];
-    const int begin = planar ? thread : thread / kWarp, step = planar ? threads : threads / kWarp;
-    for (int e = begin; e < count; e += step) {
-      const int64_t from = part.elements.event_offset(first + e);
-      T* const to = shared + e * parameters.stride + offset;
-      for (int k = planar ? 0 : thread % kWarp; k < values; k += planar ? 1 : kWarp) {
-        load_vector<1>(part.elements.data, part.elements.dtype, from + k * part.stride, 1, true, to + k);
-      }
-    }
-    offset += values;
-  }
-  __syncthreads();
-}
 
 // One element's parameters in shared memory.
 template <class T>
@@ -170,24 +112,22 @@ __device__ __forceinline__ Search<T> solve(const Element<T>& element, T target) 
 }
 
 template <bool kInverse, class T>
-__global__ void __launch_bounds__(kMostElements) mixture_kernel(MixtureArguments<T> arguments) {
-  T* const shared = dynamic_shared<T>();
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x, at = first + threadIdx.x;
-  const Parts& parameters = arguments.parameters;
-  stage(parameters, first, static_cast<int>(min(static_cast<int64_t>(blockDim.x), arguments.elements - first)), shared);
-  if (at >= arguments.elements) return;
-  const Element<T> element(shared + threadIdx.x * parameters.stride, parameters.components);
-  const T value = load<T>(arguments.x, at);
-  if constexpr (kInverse) {
-    const Search<T> search = solve(element, value);
-    store(arguments.y, at, search.x);
-    arguments.slopes[at] = search.ladj;
-  } else {
-    const Sum<T> sum = sum_components<false>(element, value);
-    const Curve<T> curve = mixture_curve(sum.terms, sum.peak.exponent);
-    store(arguments.y, at, curve.y);
-    arguments.slopes[at] = curve.log_slope;
-  }
+__global__ void __launch_bounds__(tiles::kMaxThreads)
+    mixture_kernel(MixtureArguments<T> arguments, tiles::Plan plan, double* partial) {
+  tiles::map_elements(arguments.parameters, plan, arguments.ladj, partial, [&](int64_t i, T* own) {
+    const Element<T> element(own, arguments.parameters.columns / 3);
+    const T value = tiles::read_one<T>(arguments.x, i);
+    if constexpr (kInverse) {
+      const Search<T> search = solve(element, value);
+      tiles::write_one(arguments.y, i, search.x);
+      return search.ladj;
+    } else {
+      const Sum<T> sum = sum_components<false>(element, value);
+      const Curve<T> curve = mixture_curve(sum.terms, sum.peak.exponent);
+      tiles::write_one(arguments.y, i, curve.y);
+      return curve.log_slope;
+    }
+  });
 }
 
 // One element's gradient of x; those of its parameters take their place.
@@ -222,92 +162,35 @@ __device__ __forceinline__ T element_backward(const Element<T>& element, T x, T 
 }
 
 template <bool kInverse, class T>
-__global__ void __launch_bounds__(kMostElements) mixture_backward_kernel(BackwardArguments<T> arguments) {
-  T* const shared = dynamic_shared<T>();
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x, at = first + threadIdx.x;
-  const int count = static_cast<int>(min(static_cast<int64_t>(blockDim.x), arguments.elements - first));
-  const Parts& parameters = arguments.parameters;
-  stage(parameters, first, count, shared);
-  if (at < arguments.elements) {
-    const Element<T> element(shared + threadIdx.x * parameters.stride, parameters.components);
-    const T grad_input =
-        element_backward<kInverse>(element, load<T>(arguments.x, at), load<T>(arguments.grad_output, at),
-                                   load<T>(arguments.grad_ladj, at / arguments.width));
-    store(arguments.grad_input, at, grad_input);
-  }
-  __syncthreads();
-  const int values = 3 * parameters.components;
-  for (int e = static_cast<int>(threadIdx.x) / kWarp; e < count; e += static_cast<int>(blockDim.x) / kWarp) {
-    for (int k = static_cast<int>(threadIdx.x) % kWarp; k < values; k += kWarp) {
-      store(arguments.grad_parameters, (first + e) * values + k, shared[e * parameters.stride + k]);
-    }
-  }
-}
-
-// A row by `threads` neighbouring threads: a warp, or the block.
-template <class T>
-__global__ void __launch_bounds__(kRowThreads)
-    add_rows_kernel(const T* slopes, int64_t rows, int64_t width, int threads, T* ladj) {
-  SHARED(double, scratch, [32]);
-  const int per_block = kRowThreads / threads, rank = static_cast<int>(threadIdx.x) % threads;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * per_block + threadIdx.x / threads;
-  double sum = 0;
-  if (row < rows) {
-    for (int64_t i = rank; i < width; i += threads) sum += slopes[row * width + i];
-  }
-  sum = threads == kWarp ? warp_sum(sum) : block_sum(sum, scratch);
-  if (row < rows && rank == 0) ladj[row] = static_cast<T>(sum);
-}
-
-unsigned blocks_for(int64_t items, int64_t per_block) {
-  const int64_t blocks = (items + per_block - 1) / per_block;
-  check(blocks <= 0x7fffffff, "x has too many elements for one launch: ", items);
-  return static_cast<unsigned>(blocks);
-}
-
-Parts parts_of(const std::vector<Tensor>& parameters, int64_t components) {
-  Parts all;
-  for (const Tensor& part : parameters) {
-    all.parts[all.count] = Records(part);
-    all.planar[all.count] = all.parts[all.count].planar();
-    ++all.count;
-  }
-  all.components = static_cast<int>(components);
-  all.stride = static_cast<int>(3 * components) | 1;
-  return all;
-}
-
-// As many elements to a block as leave room for several blocks on a multiprocessor.
-template <class T, class Arguments>
-void launch_elements(void (*kernel)(Arguments), const Arguments& arguments, Stream stream) {
-  const int64_t bytes = arguments.parameters.stride * static_cast<int64_t>(sizeof(T));
-  int elements = kMostElements;
-  while (elements > kWarp && elements * bytes > kStagedBytes) elements /= 2;
-  launch(kernel, blocks_for(arguments.elements, elements), elements, static_cast<size_t>(elements * bytes), stream,
-         arguments);
+__global__ void __launch_bounds__(tiles::kMaxThreads) mixture_backward_kernel(BackwardArguments<T> arguments) {
+  tiles::replace_parameters<T>(
+      arguments.parameters, arguments.elements, arguments.grad_parameters, [&](int64_t i, T* own) {
+        const Element<T> element(own, arguments.parameters.columns / 3);
+        const T x = tiles::read_one<T>(arguments.x, i), grad_output = tiles::read_one<T>(arguments.grad_output, i);
+        const T grad_ladj = tiles::read_one<T>(arguments.grad_ladj, i / arguments.width);
+        tiles::write_one(arguments.grad_input, i, element_backward<kInverse>(element, x, grad_output, grad_ladj));
+      });
 }
 
 std::tuple<Tensor, Tensor> mixture(bool inverse, const Tensor& x, const std::vector<Tensor>& parameters,
                                    int64_t event_dims) {
-  const int64_t components = check_mixture(x, parameters, event_dims);
+  check_mixture(x, parameters, event_dims);
   Tensor y = empty_like_shape(x, x.scalar_type());
   Tensor ladj = empty_ladj(x, event_dims);
+  if (x.numel() == 0) {
+    torch::stable::zero_(ladj);
+    return {y, ladj};
+  }
   const OnDevice device(x.get_device_index());
-  const Rows shape(x, event_dims);
-  // With one element to a row its log slope is the row's.
-  const Tensor slopes = shape.width == 1 ? ladj : empty_like_shape(x, sum_dtype(x));
   auto run = [&](auto type) {
     using T = decltype(type);
-    const MixtureArguments<T> arguments{parts_of(parameters, components),
-                                        Rows(x, x.dim()),
-                                        shape.rows * shape.width,
-                                        {y.mutable_data_ptr(), y.scalar_type()},
-                                        static_cast<T*>(slopes.mutable_data_ptr())};
-    launch_elements<T>(inverse ? &mixture_kernel<true, T> : &mixture_kernel<false, T>, arguments, device.stream());
-    if (shape.width == 1) return;
-    const int threads = shape.width > kWarpWidth ? kRowThreads : kWarp;
-    launch(add_rows_kernel<T>, blocks_for(shape.rows, kRowThreads / threads), kRowThreads, 0, device.stream(),
-           arguments.slopes, shape.rows, shape.width, threads, static_cast<T*>(ladj.mutable_data_ptr()));
+    const MixtureArguments<T> arguments{tiles::Parts(parameters), Rows(x, x.dim()), tiles::Output(y),
+                                        static_cast<T*>(ladj.mutable_data_ptr())};
+    auto kernel = inverse ? mixture_kernel<true, T> : mixture_kernel<false, T>;
+    tiles::launch_rows(x, Rows(x, event_dims).width, arguments.parameters, device.stream(), arguments.ladj,
+                       [&](const tiles::Plan& plan, unsigned blocks, size_t shared, double* partial) {
+                         launch(kernel, blocks, plan.threads, shared, device.stream(), arguments, plan, partial);
+                       });
   };
   x.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
   return {y, ladj};
@@ -330,20 +213,20 @@ std::tuple<Tensor, Tensor> logistic_mixture_backward(const Tensor& x, const std:
   check_gradients(x, grad_output, grad_ladj, event_dims);
   Tensor grad_input = empty_like_shape(x, x.scalar_type());
   Tensor grad_parameters = empty_parameter_gradient(x, parameters, 3 * components);
+  if (x.numel() == 0) return {grad_input, grad_parameters};
   const OnDevice device(x.get_device_index());
-  const Rows shape(x, event_dims);
   auto run = [&](auto type) {
     using T = decltype(type);
-    const BackwardArguments<T> arguments{parts_of(parameters, components),
+    const BackwardArguments<T> arguments{tiles::Parts(parameters),
                                          Rows(x, x.dim()),
                                          Rows(grad_output, x.dim()),
                                          Rows(grad_ladj, grad_ladj.dim()),
-                                         shape.rows * shape.width,
-                                         shape.width,
-                                         {grad_input.mutable_data_ptr(), grad_input.scalar_type()},
-                                         {grad_parameters.mutable_data_ptr(), grad_parameters.scalar_type()}};
-    launch_elements<T>(inverse ? &mixture_backward_kernel<true, T> : &mixture_backward_kernel<false, T>, arguments,
-                       device.stream());
+                                         x.numel(),
+                                         Rows(x, event_dims).width,
+                                         tiles::Output(grad_input),
+                                         tiles::Output(grad_parameters)};
+    auto kernel = inverse ? mixture_backward_kernel<true, T> : mixture_backward_kernel<false, T>;
+    tiles::launch_elements<T>(kernel, arguments, x.numel(), arguments.parameters.padded, device.stream());
   };
   x.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
   return {grad_input, grad_parameters};

@@ -7,52 +7,29 @@
 #include "simt.h"
 #include "tensor.h"
 #include "tiles.h"
-#include "vector.h"
 
 namespace pygen {
 namespace {
-
-struct Output {
-  void* data;
-  ScalarType dtype;
-};
-
-template <class T>
-__device__ __forceinline__ void store(const Output& output, int64_t at, T value) {
-  store_vector<1>(output.data, output.dtype, at, 1, true, &value);
-}
 
 template <class T>
 struct ValueArguments {
   Rows x;
   tiles::Parts parameters;
   PiecewiseOptions<T> options;
-  Output y;
+  tiles::Output y;
   T* ladj;
 };
 
 template <Degree D, bool kInverse, class T>
 __global__ void __launch_bounds__(tiles::kMaxThreads)
     piecewise_kernel(ValueArguments<T> arguments, tiles::Plan plan, double* partial) {
-  T* const shared = dynamic_shared<T>();
-  const int thread = static_cast<int>(threadIdx.x);
-  const tiles::Range range(plan, blockIdx.x);
-  double sum = 0;
-  T own = T(0);
-  for (int64_t from = range.first; from < range.last; from += plan.tile) {
-    const int n = static_cast<int>(min(static_cast<int64_t>(plan.tile), range.last - from));
-    __syncthreads();  // the tile before may still be in use
-    tiles::stage(arguments.parameters, from, n, shared);
-    __syncthreads();
-    if (thread < n) {
-      const T value = tiles::read_one<T>(arguments.x, from + thread);
-      T image;
-      piecewise<D, kInverse, 1>(&value, shared + thread * arguments.parameters.padded, arguments.options, &image, &own);
-      store(arguments.y, from + thread, image);
-      sum += static_cast<double>(own);
-    }
-  }
-  tiles::add_rows(plan, range, own, sum, arguments.ladj, partial);
+  tiles::map_elements(arguments.parameters, plan, arguments.ladj, partial, [&](int64_t i, T* own) {
+    const T value = tiles::read_one<T>(arguments.x, i);
+    T image, logarithm;
+    piecewise<D, kInverse, 1>(&value, own, arguments.options, &image, &logarithm);
+    tiles::write_one(arguments.y, i, image);
+    return logarithm;
+  });
 }
 
 template <class T>
@@ -61,28 +38,19 @@ struct GradientArguments {
   tiles::Parts parameters;
   PiecewiseOptions<T> options;
   int64_t elements, width;
-  Output grad_input, grad_parameters;
+  tiles::Output grad_input, grad_parameters;
 };
 
 template <Degree D, bool kInverse, class T>
 __global__ void __launch_bounds__(tiles::kMaxThreads) piecewise_backward_kernel(GradientArguments<T> arguments) {
-  T* const shared = dynamic_shared<T>();
-  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * threads, i = first + thread;
-  const int n = static_cast<int>(min(static_cast<int64_t>(threads), arguments.elements - first));
-  tiles::stage(arguments.parameters, first, n, shared);
-  __syncthreads();
-  if (thread < n) {
-    const T x = tiles::read_one<T>(arguments.x, i), grad_output = tiles::read_one<T>(arguments.grad_output, i);
-    const T grad_ladj = tiles::read_one<T>(arguments.grad_ladj, i / arguments.width);
-    T grad_input;
-    piecewise_gradient<D, kInverse, 1>(&x, shared + thread * arguments.parameters.padded, &grad_output, &grad_ladj,
-                                       arguments.options, &grad_input);
-    store(arguments.grad_input, i, grad_input);
-  }
-  __syncthreads();
-  tiles::unstage(shared, arguments.parameters, first, n, arguments.grad_parameters.data,
-                 arguments.grad_parameters.dtype);
+  tiles::replace_parameters<T>(
+      arguments.parameters, arguments.elements, arguments.grad_parameters, [&](int64_t i, T* own) {
+        const T x = tiles::read_one<T>(arguments.x, i), grad_output = tiles::read_one<T>(arguments.grad_output, i);
+        const T grad_ladj = tiles::read_one<T>(arguments.grad_ladj, i / arguments.width);
+        T grad_input;
+        piecewise_gradient<D, kInverse, 1>(&x, own, &grad_output, &grad_ladj, arguments.options, &grad_input);
+        tiles::write_one(arguments.grad_input, i, grad_input);
+      });
 }
 
 template <bool kInverse>
@@ -102,11 +70,8 @@ std::tuple<Tensor, Tensor> piecewise_values(const Tensor& x, const std::vector<T
   const Stream stream = device.stream();
   auto run = [&](auto type) {
     using T = decltype(type);
-    const ValueArguments<T> arguments{Rows(x, x.dim()),
-                                      tiles::Parts(parameters),
-                                      settings.options<T>(),
-                                      {y.mutable_data_ptr(), y.scalar_type()},
-                                      static_cast<T*>(ladj.mutable_data_ptr())};
+    const ValueArguments<T> arguments{Rows(x, x.dim()), tiles::Parts(parameters), settings.options<T>(),
+                                      tiles::Output(y), static_cast<T*>(ladj.mutable_data_ptr())};
     for_degree(arguments.options.degree, [&](auto tag) {
       tiles::launch_rows(x, Rows(x, event_dims).width, arguments.parameters, stream, arguments.ladj,
                          [&](const tiles::Plan& plan, unsigned blocks, size_t shared, double* partial) {
@@ -134,21 +99,14 @@ std::tuple<Tensor, Tensor> piecewise_backward(const Tensor& x, const std::vector
   const Stream stream = device.stream();
   auto run = [&](auto type) {
     using T = decltype(type);
-    const GradientArguments<T> arguments{Rows(x, x.dim()),
-                                         Rows(grad_output, x.dim()),
-                                         Rows(grad_ladj, grad_ladj.dim()),
-                                         tiles::Parts(parameters),
-                                         settings.options<T>(),
-                                         x.numel(),
-                                         Rows(x, event_dims).width,
-                                         {grad_input.mutable_data_ptr(), grad_input.scalar_type()},
-                                         {grad_parameters.mutable_data_ptr(), grad_parameters.scalar_type()}};
-    const int threads = tiles::threads_for<T>(arguments.parameters.padded);
-    const size_t shared = sizeof(T) * static_cast<size_t>(threads * arguments.parameters.padded);
+    const GradientArguments<T> arguments{
+        Rows(x, x.dim()),          Rows(grad_output, x.dim()), Rows(grad_ladj, grad_ladj.dim()),
+        tiles::Parts(parameters),  settings.options<T>(),      x.numel(),
+        Rows(x, event_dims).width, tiles::Output(grad_input),  tiles::Output(grad_parameters)};
     for_degree(arguments.options.degree, [&](auto tag) {
       auto kernel = inverse ? piecewise_backward_kernel<decltype(tag)::value, true, T>
                             : piecewise_backward_kernel<decltype(tag)::value, false, T>;
-      launch(kernel, tiles::grid_of((x.numel() + threads - 1) / threads), threads, shared, stream, arguments);
+      tiles::launch_elements<T>(kernel, arguments, x.numel(), arguments.parameters.padded, stream);
     });
   };
   x.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});

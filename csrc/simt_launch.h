@@ -13,7 +13,8 @@
 namespace pygen::simt {
 
 constexpr int kMaxThreads = 1024, kMaxWarps = kMaxThreads / 32;
-constexpr size_t kMaxShared = 227 * 1024, kMaxStaticShared = 48 * 1024;
+// The least that a GPU of those a wheel is for grants to a block.
+constexpr size_t kMaxShared = 99 * 1024, kMaxStaticShared = 48 * 1024;
 
 inline void check_limits(dim3 grid, dim3 block, size_t shared_bytes) {
   char text[200] = "";

@@ -7,7 +7,6 @@
 #include "spline_checks.h"
 #include "tensor.h"
 #include "tiles.h"
-#include "vector.h"
 
 namespace pygen {
 namespace {
@@ -41,28 +40,14 @@ struct SplineArguments {
 
 template <Parametrization P, bool kInverse, class T>
 __global__ void __launch_bounds__(tiles::kMaxThreads)
-    spline_kernel(SplineArguments<T> arguments, tiles::Plan plan, void* y, ScalarType y_dtype, T* ladj,
-                  double* partial) {
-  T* const shared = dynamic_shared<T>();
-  const int thread = static_cast<int>(threadIdx.x);
-  const tiles::Range range(plan, blockIdx.x);
-  double sum = 0;
-  T own = T(0);
-  for (int64_t from = range.first; from < range.last; from += plan.tile) {
-    const int n = static_cast<int>(min(static_cast<int64_t>(plan.tile), range.last - from));
-    __syncthreads();  // the tile before may still be in use
-    tiles::stage(arguments.parameters, from, n, shared);
-    __syncthreads();
-    if (thread < n) {
-      const T value = tiles::read_one<T>(arguments.x, from + thread);
-      T image;
-      spline<P, kInverse, 1>(&value, shared + thread * arguments.parameters.padded, arguments.bounds_of(from + thread),
-                             arguments.options, &image, &own);
-      store_vector<1>(y, y_dtype, from + thread, 1, true, &image);
-      sum += static_cast<double>(own);
-    }
-  }
-  tiles::add_rows(plan, range, own, sum, ladj, partial);
+    spline_kernel(SplineArguments<T> arguments, tiles::Plan plan, tiles::Output y, T* ladj, double* partial) {
+  tiles::map_elements(arguments.parameters, plan, ladj, partial, [&](int64_t i, T* own) {
+    const T value = tiles::read_one<T>(arguments.x, i);
+    T image, logarithm;
+    spline<P, kInverse, 1>(&value, own, arguments.bounds_of(i), arguments.options, &image, &logarithm);
+    tiles::write_one(y, i, image);
+    return logarithm;
+  });
 }
 
 template <class T>
@@ -70,34 +55,25 @@ struct GradientArguments {
   SplineArguments<T> spline;
   Rows grad_output, grad_ladj;
   int64_t elements, width;
-  void *grad_input, *grad_parameters;
-  ScalarType input_dtype, parameter_dtype;
+  tiles::Output grad_input, grad_parameters;
 };
 
 template <Parametrization P, bool kInverse, class T>
 __global__ void __launch_bounds__(tiles::kMaxThreads) spline_backward_kernel(GradientArguments<T> arguments) {
   const SplineArguments<T>& spline = arguments.spline;
-  T* const shared = dynamic_shared<T>();
-  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * threads, i = first + thread;
-  const int n = static_cast<int>(min(static_cast<int64_t>(threads), arguments.elements - first));
-  tiles::stage(spline.parameters, first, n, shared);
-  __syncthreads();
-  if (thread < n) {
-    const T value = tiles::read_one<T>(spline.x, i), grad_output = tiles::read_one<T>(arguments.grad_output, i);
-    const T grad_ladj = tiles::read_one<T>(arguments.grad_ladj, i / arguments.width);
-    T* const own = shared + thread * spline.parameters.padded;
-    // softclip's gradient needs the parameters once more, and its exponentials a place of their own.
-    T* const exps = P == Parametrization::kSoftclip
-                        ? shared + threads * spline.parameters.padded + thread * (2 * spline.options.bins + 1)
-                        : own;
-    T grad_input;
-    spline_gradient<P, kInverse, 1>(&value, own, &grad_output, &grad_ladj, spline.bounds_of(i), spline.options, exps,
-                                    &grad_input, own);
-    store_vector<1>(arguments.grad_input, arguments.input_dtype, i, 1, true, &grad_input);
-  }
-  __syncthreads();
-  tiles::unstage(shared, spline.parameters, first, n, arguments.grad_parameters, arguments.parameter_dtype);
+  // softclip's gradient needs the parameters once more, and its exponentials a place of their own.
+  T* const apart = dynamic_shared<T>() + static_cast<int>(blockDim.x) * spline.parameters.padded;
+  const int thread = static_cast<int>(threadIdx.x);
+  tiles::replace_parameters<T>(
+      spline.parameters, arguments.elements, arguments.grad_parameters, [&](int64_t i, T* own) {
+        const T value = tiles::read_one<T>(spline.x, i), grad_output = tiles::read_one<T>(arguments.grad_output, i);
+        const T grad_ladj = tiles::read_one<T>(arguments.grad_ladj, i / arguments.width);
+        T* const exps = P == Parametrization::kSoftclip ? apart + thread * (2 * spline.options.bins + 1) : own;
+        T grad_input;
+        spline_gradient<P, kInverse, 1>(&value, own, &grad_output, &grad_ladj, spline.bounds_of(i), spline.options,
+                                        exps, &grad_input, own);
+        tiles::write_one(arguments.grad_input, i, grad_input);
+      });
 }
 
 template <bool kInverse>
@@ -125,7 +101,7 @@ std::tuple<Tensor, Tensor> spline_values(const Tensor& x, const std::vector<Tens
       tiles::launch_rows(x, Rows(x, event_dims).width, arguments.parameters, stream, sums,
                          [&](const tiles::Plan& plan, unsigned blocks, size_t shared, double* partial) {
                            launch(spline_kernel<decltype(tag)::value, kInverse, T>, blocks, plan.threads, shared,
-                                  stream, arguments, plan, y.mutable_data_ptr(), y.scalar_type(), sums, partial);
+                                  stream, arguments, plan, tiles::Output(y), sums, partial);
                          });
     });
   };
@@ -155,19 +131,15 @@ std::tuple<Tensor, Tensor> spline_backward(const Tensor& x, const std::vector<Te
                                          Rows(grad_ladj, grad_ladj.dim()),
                                          x.numel(),
                                          Rows(x, event_dims).width,
-                                         grad_input.mutable_data_ptr(),
-                                         grad_parameters.mutable_data_ptr(),
-                                         grad_input.scalar_type(),
-                                         grad_parameters.scalar_type()};
+                                         tiles::Output(grad_input),
+                                         tiles::Output(grad_parameters)};
     for_parametrization(parametrization, [&](auto tag) {
       constexpr Parametrization kParametrization = decltype(tag)::value;
       const int exponentials = kParametrization == Parametrization::kSoftclip ? static_cast<int>(2 * bins + 1) : 0;
-      const int numbers = arguments.spline.parameters.padded + exponentials;
-      const int threads = tiles::threads_for<T>(numbers);
-      const unsigned blocks = tiles::grid_of((x.numel() + threads - 1) / threads);
       auto kernel = inverse ? spline_backward_kernel<kParametrization, true, T>
                             : spline_backward_kernel<kParametrization, false, T>;
-      launch(kernel, blocks, threads, sizeof(T) * static_cast<size_t>(threads * numbers), stream, arguments);
+      tiles::launch_elements<T>(kernel, arguments, x.numel(), arguments.spline.parameters.padded + exponentials,
+                                stream);
     });
   };
   x.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});

@@ -16,6 +16,7 @@ namespace pygen::tiles {
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 128;
 constexpr size_t kSharedTarget = 48 * 1024;  // a tile above this leaves too few blocks on a multiprocessor
+constexpr size_t kSharedMost = 97 * 1024;    // beside static arrays, of the 99 KiB that every GPU of a wheel grants
 constexpr int64_t kChunk = 512;              // elements of a long row that one block takes
 constexpr int kSerial = 16;                  // rows up to this width are added by one thread, longer ones by a warp
 constexpr int kVector = 4;
@@ -26,8 +27,9 @@ struct Part {
   Rows elements;   // the first parameter of each element, in one row
   int64_t stride;  // between an element's parameters
   int columns;
-  bool dense;  // all parameters of all elements lie side by side
-  int phase;   // elements past a whole vector at which they begin
+  bool dense;   // all parameters of all elements lie side by side
+  int phase;    // elements past a whole vector at which they begin
+  int readers;  // where not dense, threads that read an element: neighbours read what lies side by side
 
   Part() = default;
   explicit Part(const Tensor& x)
@@ -35,9 +37,15 @@ struct Part {
         stride(x.stride(x.dim() - 1)),
         columns(static_cast<int>(x.size(x.dim() - 1))),
         dense(Rows(x, x.dim()).dense()),
-        phase(for_dtype(x.scalar_type(), [&](auto element) {
-          return static_cast<int>(reinterpret_cast<uintptr_t>(x.data_ptr()) / sizeof(element) % kVector);
-        })) {}
+        phase(for_dtype(x.scalar_type(),
+                        [&](auto element) {
+                          return static_cast<int>(reinterpret_cast<uintptr_t>(x.data_ptr()) / sizeof(element) %
+                                                  kVector);
+                        })),
+        readers(1) {
+    const bool planar = stride != 1 && elements.event_dims > 0 && elements.event_strides[elements.event_dims - 1] == 1;
+    while (!planar && readers < columns && readers < kWarp) readers *= 2;
+  }
 };
 
 struct Parts {
@@ -60,6 +68,19 @@ __device__ __forceinline__ T read_one(const Rows& rows, int64_t i) {
   T value;
   load_vector<1>(rows.data, rows.dtype, rows.event_offset(i), 1, true, &value);
   return value;
+}
+
+// A dense tensor that a kernel writes.
+struct Output {
+  void* data;
+  ScalarType dtype;
+
+  explicit Output(Tensor& tensor) : data(tensor.mutable_data_ptr()), dtype(tensor.scalar_type()) {}
+};
+
+template <class T>
+__device__ __forceinline__ void write_one(const Output& output, int64_t i, T value) {
+  store_vector<1>(output.data, output.dtype, i, 1, true, &value);
 }
 
 // Calls move(at, count, whole, positions) for the vectors of `columns` numbers each of n elements, of which the first
@@ -103,10 +124,16 @@ __device__ __forceinline__ void stage(const Parts& parameters, int64_t first, in
                       if (k < count) shared[positions[k]] = values[k];
                     }
                   });
-    } else if (static_cast<int>(threadIdx.x) < n) {
-      const int64_t from = part.elements.event_offset(first + threadIdx.x);
-      T* const to = shared + static_cast<int>(threadIdx.x) * parameters.padded + offset;
-      for (int j = 0; j < part.columns; ++j) load_vector<1>(data, dtype, from + j * part.stride, 1, true, to + j);
+    } else {
+      const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+      const int readers = min(part.readers, threads);
+      for (int e = thread / readers; e < n; e += threads / readers) {
+        const int64_t from = part.elements.event_offset(first + e);
+        T* const to = shared + e * parameters.padded + offset;
+        for (int j = thread % readers; j < part.columns; j += readers) {
+          load_vector<1>(data, dtype, from + j * part.stride, 1, true, to + j);
+        }
+      }
     }
     offset += part.columns;
   }
@@ -114,14 +141,14 @@ __device__ __forceinline__ void stage(const Parts& parameters, int64_t first, in
 
 // Shared memory to elements first .. first + n of a dense tensor (..., columns).
 template <class T>
-__device__ __forceinline__ void unstage(const T* shared, const Parts& parameters, int64_t first, int n, void* data,
-                                        ScalarType dtype) {
+__device__ __forceinline__ void unstage(const T* shared, const Parts& parameters, int64_t first, int n,
+                                        const Output& output) {
   for_vectors(first * parameters.columns, n, parameters.columns, 0, parameters.padded, 0,
               [&](int64_t at, int count, bool whole, const int* positions) {
                 T values[kVector];
 #pragma unroll
                 for (int k = 0; k < kVector; ++k) values[k] = k < count ? shared[positions[k]] : T(0);
-                store_vector<kVector>(data, dtype, at, count, whole, values);
+                store_vector<kVector>(output.data, output.dtype, at, count, whole, values);
               });
 }
 
@@ -211,17 +238,69 @@ inline unsigned grid_of(int64_t blocks) {
   return static_cast<unsigned>(blocks);
 }
 
-// Threads of a block, each with `numbers` of its own in shared memory.
+// Calls own = f(i, its parameters in shared memory) for each element i of a block, and adds what it returns, the
+// element's share of a log-determinant, into its row. All threads of the block call.
+template <class T, class F>
+__device__ __forceinline__ void map_elements(const Parts& parameters, const Plan& plan, T* ladj, double* partial,
+                                             const F& f) {
+  T* const shared = dynamic_shared<T>();
+  const int thread = static_cast<int>(threadIdx.x);
+  const Range range(plan, blockIdx.x);
+  double sum = 0;
+  T own = T(0);
+  for (int64_t from = range.first; from < range.last; from += plan.tile) {
+    const int n = static_cast<int>(min(static_cast<int64_t>(plan.tile), range.last - from));
+    __syncthreads();  // the tile before may still be in use
+    stage(parameters, from, n, shared);
+    __syncthreads();
+    if (thread < n) {
+      own = f(from + thread, shared + thread * parameters.padded);
+      sum += static_cast<double>(own);
+    }
+  }
+  add_rows(plan, range, own, sum, ladj, partial);
+}
+
+// Calls f(i, its parameters in shared memory) for a block's elements, a thread each, and writes what it leaves there.
+// All threads of the block call.
+template <class T, class F>
+__device__ __forceinline__ void replace_parameters(const Parts& parameters, int64_t elements, const Output& output,
+                                                   const F& f) {
+  T* const shared = dynamic_shared<T>();
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t threads = blockDim.x, first = blockIdx.x * threads;
+  const int n = static_cast<int>(min(threads, elements - first));
+  stage(parameters, first, n, shared);
+  __syncthreads();
+  if (thread < n) f(first + thread, shared + thread * parameters.padded);
+  __syncthreads();
+  unstage(shared, parameters, first, n, output);
+}
+
+// Threads of a block, each with `numbers` of its own in shared memory: less than a warp where a warp's do not fit.
 template <class T>
-int threads_for(int numbers) {
+constexpr int threads_for(int numbers) {
+  const auto bytes = [numbers](int threads) { return sizeof(T) * static_cast<size_t>(numbers * threads); };
   int threads = kMaxThreads;
-  while (threads > kWarp && sizeof(T) * static_cast<size_t>(numbers * threads) > kSharedTarget) threads /= 2;
+  while (threads > kWarp && bytes(threads) > kSharedTarget) threads /= 2;
+  while (bytes(threads) > kSharedMost) threads /= 2;
   return threads;
 }
 
-// Calls run(plan, blocks, shared bytes, partial) to launch a kernel that ends in add_rows, and adds up what it leaves.
+// Launches a kernel that calls replace_parameters, and gives each thread `numbers` of shared memory.
+template <class T, class Arguments>
+void launch_elements(void (*kernel)(Arguments), const Arguments& arguments, int64_t elements, int numbers,
+                     Stream stream) {
+  const int threads = threads_for<T>(numbers);
+  launch(kernel, grid_of((elements + threads - 1) / threads), threads,
+         sizeof(T) * static_cast<size_t>(threads * numbers), stream, arguments);
+}
+
+// Calls run(plan, blocks, shared bytes, partial) to launch a kernel that calls map_elements, and adds up what it
+// leaves.
 template <class T, class Run>
 void launch_rows(const Tensor& x, int64_t width, const Parts& parameters, Stream stream, T* ladj, const Run& run) {
+  static_assert(threads_for<double>(3 * 128 + 1) == kWarp, "add_rows works by warps, with the most parameters too");
   const Plan plan(x.numel(), width, threads_for<T>(parameters.padded));
   const size_t shared = sizeof(T) * static_cast<size_t>(plan.threads * parameters.padded);
   const Tensor partial = torch::stable::new_empty(x, {plan.chunks > 1 ? plan.blocks() : 0}, ScalarType::Double);

@@ -174,7 +174,7 @@ static void run(const char* name) {
       {"many_threads", unwritten_kernel, 1, dim3(32, 33)},
       {"tall_grid", unwritten_kernel, dim3(1, 65536)},
       {"deep_grid", unwritten_kernel, dim3(1, 1, 65536)},
-      {"much_shared", unwritten_kernel, 1, kThreads, 227 * 1024 + 1},
+      {"much_shared", unwritten_kernel, 1, kThreads, 99 * 1024 + 1},
       {"empty_grid", past_global_kernel, dim3(0, 65536), dim3(4096)},
   };
   for (const Fault& fault : faults) {

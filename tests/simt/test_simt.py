@@ -218,7 +218,7 @@ def test_faults_are_found_in_a_library_that_python_loads(program, build, preload
         ("many_threads", "block is (32, 33, 1), expected 1 to 1024 threads"),
         ("tall_grid", "grid is (1, 65536, 1), expected"),
         ("deep_grid", "grid is (1, 1, 65536), expected"),
-        ("much_shared", "232449 bytes of shared memory, expected 232448 at most"),
+        ("much_shared", "101377 bytes of shared memory, expected 101376 at most"),
         ("large_static", "49156 bytes of static"),
         ("throws", "thread (3, 0, 0) of block (0, 0, 0) threw: no kernel should throw"),
     ],
