@@ -63,7 +63,7 @@ inline Program read_program(const int64_t* code) {
   return at_address(code, {code[0], code[1], code[2], code[3], code[4], nullptr, nullptr, nullptr});
 }
 
-// In the order of ACTIVATIONS in pygen/ops/masked_network.py.
+// In the order of ACTIVATIONS in pygen/ops/masked_units.py.
 enum class Unit : int64_t { kRelu, kLeakyRelu, kElu, kTanh, kSigmoid, kSilu, kGelu, kGeluTanh, kSoftplus };
 constexpr int64_t kUnits = 9;
 

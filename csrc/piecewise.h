@@ -104,8 +104,10 @@ PYGEN_INLINE void piecewise_gradient(const T* value, T* rows, const T* grad_outp
     const bool identity = tails & (excess[l] != T(0));
     const T grad_image = scalar::pick(identity, T(0), grad_output[l] * other_span);  // in the unit square
     const T grad_logarithm = scalar::pick(identity, T(0), grad_ladj[l]);
+    // Nor does an element in a tail pass its excess on: zero times what overflows would not be zero.
+    const T excess_in_square = scalar::pick(identity, T(0), excess[l] / span);
     const PieceGradient<T> gradient =
-        piece_gradient<D, kInverse>(found.at(l), theta[l], rest[l], excess[l] / span, grad_image, grad_logarithm);
+        piece_gradient<D, kInverse>(found.at(l), theta[l], rest[l], excess_in_square, grad_image, grad_logarithm);
     grad_input[l] = scalar::pick(identity, grad_output[l], gradient.input / span);
     grad.x[l] = gradient.x;
     grad.width[l] = gradient.width;

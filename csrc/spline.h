@@ -12,7 +12,7 @@ namespace pygen {
 
 constexpr int kMinBins = 2, kMaxBins = 128;
 
-// In the order of PARAMETRIZATIONS in pygen/ops/spline.py.
+// In the order of PARAMETRIZATIONS in pygen/ops/spline_reference.py.
 enum class Parametrization : int64_t {
   kSoftplus,  // shares least + (1 - least K) softmax(u), slopes least + softplus(beta u) / beta (nflows, normflows)
   kSoftclip   // shares softmax(u / (1 + |2 u / limit|)), slopes exp(u / (1 + |u / limit|)) (zuko)

@@ -9,7 +9,7 @@
 
 namespace pygen {
 
-// In the order of TAILS in pygen/ops/spline.py.
+// In the order of TAILS in pygen/ops/spline_reference.py.
 enum class Tails : int64_t { kNone, kLinear, kCircular, kPerDimension };
 
 // One bin: its edges, sizes, and the slopes at both ends.

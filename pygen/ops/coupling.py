@@ -14,15 +14,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from pygen import _native
+from pygen.ops.arguments import arithmetic_dtype, expand
 
 # In the order of `enum class Activation` in csrc/coupling.h.
 ACTIVATIONS = ("exp", "tanh", "atan", "sigmoid_symmetric", "sigmoid", "softplus", "softclip")
 _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 _BOUNDED = frozenset({"tanh", "atan", "sigmoid_symmetric", "softclip"})
-
-
-def _arithmetic_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _log_scale(a: Tensor, activation: str, limit: float) -> Tensor:
@@ -66,7 +63,7 @@ def affine_reference(
     inverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`affine` in plain PyTorch: its specification, its fallback, and the oracle of its tests."""
-    dtype = _arithmetic_dtype(x)
+    dtype = arithmetic_dtype(x)
     value = x.to(dtype)
     t = None if shift is None else shift.to(dtype)
     if raw_scale is None:
@@ -91,7 +88,7 @@ def _affine_fake(
     x: Tensor, raw_scale: Tensor | None, shift: Tensor | None, activation: int, limit: float, offset: float,
     epsilon: float, event_dims: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    ladj = x.new_empty(x.shape[: x.dim() - event_dims], dtype=_arithmetic_dtype(x))
+    ladj = x.new_empty(x.shape[: x.dim() - event_dims], dtype=arithmetic_dtype(x))
     return torch.empty_like(x, memory_format=torch.contiguous_format), ladj
 
 
@@ -107,7 +104,7 @@ def _backward_reference(
     """The first derivative from differentiable operations, for second derivatives. x is the value on the data side of
     the transform: its input going forward, its output going back."""
     activation, limit, offset, epsilon, event_dims, inverse = options
-    dtype = _arithmetic_dtype(x)
+    dtype = arithmetic_dtype(x)
     value, grad = x.to(dtype), grad_output.to(dtype)
     a = raw_scale.to(dtype) + offset
     s, log_s = _scale(a, ACTIVATIONS[activation], limit, epsilon)
@@ -212,9 +209,9 @@ def affine(
     ):
         _refuse(x, activation, limit, epsilon, event_dims)
     if raw_scale is not None and not _fits(raw_scale, x):
-        raw_scale = _expand("raw_scale", raw_scale, x)
+        raw_scale = expand("raw_scale", raw_scale, x)
     if shift is not None and not _fits(shift, x):
-        shift = _expand("shift", shift, x)
+        shift = expand("shift", shift, x)
     kernels = _native.kernels_for(x)
     if kernels is None:
         return affine_reference(
@@ -233,19 +230,6 @@ def affine(
 
 def _fits(value: Tensor, x: Tensor) -> bool:
     return value.shape == x.shape and value.device == x.device and value.is_floating_point()
-
-
-def _expand(name: str, value: Tensor, x: Tensor) -> Tensor:
-    if value.device != x.device:
-        raise ValueError(f"{name} is on {value.device}, but expected x's {x.device}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name} has dtype {value.dtype}, but expected float32, float64, bfloat16 or float16")
-    try:
-        return value.expand(x.shape)
-    except RuntimeError:
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)}, but expected one that broadcasts to x's {tuple(x.shape)}"
-        ) from None
 
 
 def _refuse(x: Tensor, activation: str, limit: float | None, epsilon: float, event_dims: int) -> None:

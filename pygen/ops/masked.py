@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pygen import _native
 from pygen.ops import coupling, spline
+from pygen.ops.arguments import arithmetic_dtype
 from pygen.ops.masked_network import MaskedNetwork, Tensors
 from pygen.ops.masked_program import MaskedPlan
 
@@ -222,7 +223,7 @@ def masked_inverse_reference(
     """`masked_inverse` as D passes through the network, in plain PyTorch: its specification, its fallback, and the
     oracle of its tests."""
     _check(y, network, context)
-    return _passes(y, context, network, elementwise, Tensors(network.parameters(), _arithmetic_dtype(y)))
+    return _passes(y, context, network, elementwise, Tensors(network.parameters(), arithmetic_dtype(y)))
 
 
 def _passes(
@@ -235,10 +236,6 @@ def _passes(
             outputs = cast(Tensor, network.evaluate(x, context, tensors)[-1])
             x, ladj = elementwise(value, outputs, inverse=True)
     return x.to(y.dtype), ladj
-
-
-def _arithmetic_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 @_native.register_fake("masked_affine_inverse")
@@ -286,7 +283,7 @@ class _MaskedInverse(torch.autograd.Function):
         ctx: Any, y: Tensor, context: Tensor | None, network: MaskedNetwork, elementwise: Elementwise,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        x, ladj = _solve(y, context, network, elementwise, _recorded(parameters, _arithmetic_dtype(y)))
+        x, ladj = _solve(y, context, network, elementwise, _recorded(parameters, arithmetic_dtype(y)))
         ctx.network, ctx.elementwise = network, elementwise
         ctx.save_for_backward(y, x, context, *parameters)
         return x.to(y.dtype), ladj
@@ -338,7 +335,7 @@ def _backward_through_passes(
     ctx: Any, y: Tensor, context: Tensor | None, parameters: Sequence[Tensor], grad_x: Tensor, grad_ladj: Tensor
 ) -> tuple[Tensor | None, ...]:
     """The gradient as a differentiable function, for second derivatives: that of the reference, at its cost."""
-    x, ladj = _passes(y, context, ctx.network, ctx.elementwise, Tensors(parameters, _arithmetic_dtype(y)))
+    x, ladj = _passes(y, context, ctx.network, ctx.elementwise, Tensors(parameters, arithmetic_dtype(y)))
     inputs = (y, context, None, None, *parameters)
     wanted = [each for each, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed and each is not None]
     found = iter(
@@ -376,7 +373,7 @@ def masked_inverse(
         TypeError: for a dtype that is not floating.
     """
     _check(y, network, context)
-    parameters, dtype = network.parameters(), _arithmetic_dtype(y)
+    parameters, dtype = network.parameters(), arithmetic_dtype(y)
     if _native.kernels_for(y) is None:
         return _passes(y, context, network, elementwise, Tensors(parameters, dtype))
     batch = y.shape[:-1]

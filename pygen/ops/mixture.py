@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pygen import _native
+from pygen.ops.arguments import arithmetic_dtype, expand
 
 MAX_COMPONENTS = 128
 # Log scales count as this much where they are further from zero.
@@ -25,10 +26,6 @@ LOG_SLOPE_LIMIT = 60.0
 _NAMES = ("logits", "means", "log_scales")
 _PER_COMPONENT = len(_NAMES)
 _BISECTIONS = {torch.float32: 80, torch.float64: 140}
-
-
-def _arithmetic_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _split(parts: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,7 +66,7 @@ def _sum(ladj: Tensor, event_dims: int) -> Tensor:
 
 
 def _transform(x: Tensor, parts: Sequence[Tensor], inverse: bool, event_dims: int) -> tuple[Tensor, Tensor]:
-    dtype = _arithmetic_dtype(x)
+    dtype = arithmetic_dtype(x)
     value, mixture = x.to(dtype), _split(parts, dtype)
     if not inverse:
         y, ladj = _evaluate(value, *mixture)
@@ -95,7 +92,7 @@ def logistic_mixture_reference(
 @_native.register_fake("logistic_mixture_forward")
 @_native.register_fake("logistic_mixture_inverse")
 def _logistic_mixture_fake(x: Tensor, parameters: Sequence[Tensor], event_dims: int) -> tuple[Tensor, Tensor]:
-    ladj = x.new_empty(x.shape[: x.dim() - event_dims], dtype=_arithmetic_dtype(x))
+    ladj = x.new_empty(x.shape[: x.dim() - event_dims], dtype=arithmetic_dtype(x))
     return torch.empty_like(x, memory_format=torch.contiguous_format), ladj
 
 
@@ -104,7 +101,7 @@ def _logistic_mixture_backward_fake(x: Tensor, parameters: Sequence[Tensor], *_:
     same = all(part.dtype == parameters[0].dtype for part in parameters)
     grad_parameters = x.new_empty(
         (*x.shape, sum(part.shape[-1] for part in parameters)),
-        dtype=parameters[0].dtype if same else _arithmetic_dtype(x),
+        dtype=parameters[0].dtype if same else arithmetic_dtype(x),
     )
     return torch.empty_like(x, memory_format=torch.contiguous_format), grad_parameters
 
@@ -114,7 +111,7 @@ def _backward_reference(
 ) -> tuple[Tensor, ...]:
     """The first derivative from differentiable operations, for second derivatives. x is the value on the data side of
     the transform: its input going forward, its output going back."""
-    dtype = _arithmetic_dtype(x)
+    dtype = arithmetic_dtype(x)
     # Views, so that the derivatives by the parameters do not run through an x that itself came from them.
     leaves = [v.view_as(v) if v.requires_grad else v.detach().requires_grad_() for v in (x, *parts)]
     y, ladj = _evaluate(leaves[0].to(dtype), *_split(leaves[1:], dtype))
@@ -207,7 +204,7 @@ def _parts(x: Tensor, parameters: Tensor | Sequence[Tensor], event_dims: int) ->
     if len(parts) not in (1, _PER_COMPONENT):
         raise ValueError(f"parameters has {len(parts)} tensors, but expected one, or logits, means and log scales")
     names = ("parameters",) if len(parts) == 1 else _NAMES
-    parts = tuple(_expand(name, part, x) for name, part in zip(names, parts, strict=True))
+    parts = tuple(expand(name, part, x, part.shape[-1:] or (1,)) for name, part in zip(names, parts, strict=True))
     counts = [part.shape[-1] for part in parts]
     k = counts[0] // _PER_COMPONENT if len(parts) == 1 else counts[0]
     if sum(counts) != _PER_COMPONENT * k or any(count != counts[0] for count in counts):
@@ -218,19 +215,3 @@ def _parts(x: Tensor, parameters: Tensor | Sequence[Tensor], event_dims: int) ->
     if not 1 <= k <= MAX_COMPONENTS:
         raise ValueError(f"parameters are for {k} components, but expected 1 to {MAX_COMPONENTS}")
     return parts
-
-
-def _expand(name: str, part: Tensor, x: Tensor) -> Tensor:
-    if not part.is_floating_point():
-        raise TypeError(f"{name} has dtype {part.dtype}, but expected float32, float64, bfloat16 or float16")
-    if part.device != x.device:
-        raise ValueError(f"{name} is on {part.device}, but expected x's {x.device}")
-    if part.dim() == x.dim() + 1 and part.shape[:-1] == x.shape:
-        return part
-    try:
-        return part.expand(*x.shape, part.shape[-1] if part.dim() else 1)
-    except RuntimeError:
-        raise ValueError(
-            f"{name} has shape {tuple(part.shape)}, but expected one that broadcasts to x's {tuple(x.shape)} and "
-            "the parameters of an element"
-        ) from None

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pygen import _native
-from pygen.ops.piecewise_reference import Spline, arithmetic_dtype, counts, evaluate
+from pygen.ops.arguments import arithmetic_dtype, expand
+from pygen.ops.piecewise_reference import Spline, counts, evaluate
 
 MIN_BINS, MAX_BINS = 2, 128
 # By degree.
@@ -146,7 +147,10 @@ def linear_spline(
     Returns:
         The transformed tensor, with x's shape and dtype, contiguous, and ladj (*batch) in nats of the direction taken,
         float32 (float64 for float64 x). Arithmetic is in float32 (float64 for float64). NaN in gives NaN in that
-        element and row only; any finite x and parameters give finite results and gradients.
+        element and row only; any finite parameters, and any finite x inside of the domain or in tails, give finite
+        results and gradients. Without tails so does x outside, as long as the straight line there and its derivative by
+        the end's slope s, |x| / s^2 going back, are in the arithmetic's range. In float16 what exceeds 65504 becomes
+        infinite, gradients too, as loss scaling expects.
 
     Raises:
         ValueError: for parameters whose number or shape does not fit, bins outside 2 .. 128, bounds that are not
@@ -199,7 +203,10 @@ def quadratic_spline(
     Returns:
         The transformed tensor, with x's shape and dtype, contiguous, and ladj (*batch) in nats of the direction taken,
         float32 (float64 for float64 x). Arithmetic is in float32 (float64 for float64). NaN in gives NaN in that
-        element and row only; any finite x and parameters give finite results and gradients.
+        element and row only; any finite parameters, and any finite x inside of the domain or in tails, give finite
+        results and gradients. Without tails so does x outside, as long as the straight line there and its derivative by
+        the end's slope s, |x| / s^2 going back, are in the arithmetic's range. In float16 what exceeds 65504 becomes
+        infinite, gradients too, as loss scaling expects.
 
     Raises:
         ValueError: for parameters whose number or shape does not fit, bins outside 2 .. 128, minimum sizes that leave
@@ -253,7 +260,10 @@ def cubic_spline(
     Returns:
         The transformed tensor, with x's shape and dtype, contiguous, and ladj (*batch) in nats of the direction taken,
         float32 (float64 for float64 x). Arithmetic is in float32 (float64 for float64). NaN in gives NaN in that
-        element and row only; any finite x and parameters give finite results and gradients.
+        element and row only; any finite parameters, and any finite x inside of the domain or in tails, give finite
+        results and gradients. Without tails so does x outside, as long as the straight line there and its derivative by
+        the end's slope s, |x| / s^2 going back, are in the arithmetic's range. In float16 what exceeds 65504 becomes
+        infinite, gradients too, as loss scaling expects.
 
     Raises:
         ValueError: for parameters whose number or shape does not fit, bins outside 2 .. 128, minimum sizes that leave
@@ -302,7 +312,7 @@ def _settle(
     parts = (parameters,) if isinstance(parameters, Tensor) else tuple(parameters)
     bins = _bins(degree, parts, tails is not None)
     names = NAMES[degree] if len(parts) == len(NAMES[degree]) else ("parameters",)
-    parts = tuple(_expand(name, part, x) for name, part in zip(names, parts, strict=True))
+    parts = tuple(expand(name, part, x, part.shape[-1:]) for name, part in zip(names, parts, strict=True))
     rounding = torch.finfo(arithmetic_dtype(x)).eps
     if degree == 1:
         minimums = (0.0, rounding * rounding)
@@ -339,17 +349,3 @@ def _bins(degree: int, parts: Sequence[Tensor], tails: bool) -> int:
             f"({' + '.join(names)}) for {bins} bins"
         )
     return bins
-
-
-def _expand(name: str, part: Tensor, x: Tensor) -> Tensor:
-    if part.device != x.device:
-        raise ValueError(f"{name} is on {part.device}, but expected x's {x.device}")
-    if part.shape[:-1] == x.shape:
-        return part
-    try:
-        return part.expand(*x.shape, part.shape[-1])
-    except RuntimeError:
-        raise ValueError(
-            f"{name} has shape {tuple(part.shape)}, but expected one that broadcasts to "
-            f"{(*x.shape, part.shape[-1])}: x's shape and the parameters of an element"
-        ) from None

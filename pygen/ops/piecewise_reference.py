@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from pygen.ops.arguments import arithmetic_dtype
+
 # Added to the softplus of a quadratic spline's heights.
 LEAST_HEIGHT = 1e-3
 # Steps from the first guess of a cubic's root to all digits: each at least triples those that are right.
@@ -44,11 +46,6 @@ class Bins(NamedTuple):
     heights: Tensor
     slopes0: Tensor
     slopes1: Tensor
-
-
-def arithmetic_dtype(x: Tensor) -> torch.dtype:
-    """float32, or float64 for float64."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def counts(degree: int, bins: int, tails: bool) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pygen import _native
+from pygen.ops.arguments import arithmetic_dtype
 from pygen.ops.noise import check_address, noise_reference, plain_number, split_seed
 from pygen.ops.noise import noise as addressed_noise
 
@@ -37,7 +38,7 @@ def diffusion_step_reference(
     """The specification of `diffusion_step` in PyTorch operations."""
     step, seed = plain_number("step", step), None if seed is None else plain_number("seed", seed)
     _check(sample, model_output, coefficients, step, history, noise, seed, sample_ids)
-    wide = _arithmetic_dtype(sample)
+    wide = arithmetic_dtype(sample)
     row = _row(coefficients, step, sample.dim()).to(wide)
     x, e = sample.to(wide), model_output.to(wide)
     denoised = row[0] * x + row[1] * e
@@ -102,7 +103,7 @@ class _DiffusionStep(torch.autograd.Function):
     def backward(ctx: Any, grad_next: Tensor, grad_denoised: Tensor | None = None) -> tuple[Tensor | None, ...]:
         coefficients, steps, sample, model_output = ctx.saved_tensors
         index, _, low, high, _ = ctx.numbers
-        wide = _arithmetic_dtype(grad_next)
+        wide = arithmetic_dtype(grad_next)
         row = _row(coefficients, index if steps is None else steps, grad_next.dim()).to(wide)
         wanted = list(ctx.needs_input_grad)
         grads: list[Tensor | None] = [None] * len(wanted)
@@ -280,10 +281,6 @@ def _step_in_order(
     if isinstance(result, tuple):
         return result[0].permute(back), result[1].permute(back)
     return result.permute(back)
-
-
-def _arithmetic_dtype(sample: Tensor) -> torch.dtype:
-    return torch.float64 if sample.dtype == torch.float64 else torch.float32
 
 
 def clip_bounds(clip: float | Sequence[float]) -> tuple[float, float]:

@@ -1,143 +1,24 @@
-"""Monotone rational-quadratic splines: forward, inverse and log-determinant in one pass.
-
-Inside bin k, with theta = (x - x_k) / w_k, t = theta (1 - theta) and delta = h_k / w_k,
-y = y_k + h_k (delta theta^2 + d_k t) / D,  dy/dx = delta^2 (d_k+1 theta^2 + 2 delta t + d_k (1 - theta)^2) / D^2,
-D = delta (1 - 2 t) + (d_k + d_k+1) t. (Durkan et al. 2019, Neural Spline Flows, arXiv:1906.04032, eq. 4-8)
+"""Monotone rational-quadratic splines: forward, inverse and log-determinant in one pass. (Durkan et al. 2019, Neural
+Spline Flows, arXiv:1906.04032; the formulas are in spline_reference.py)
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from pygen import _native
+from pygen.ops.arguments import arithmetic_dtype, expand
+from pygen.ops.spline_reference import PARAMETRIZATIONS, PER_DIMENSION, TAILS, Spline, evaluate
 
-# In the order of `enum class Parametrization` in csrc/spline.h.
-PARAMETRIZATIONS = ("softplus", "softclip")
-# In the order of `enum class Tails` in csrc/spline.h; a sequence of tails is PER_DIMENSION.
-TAILS = (None, "linear", "circular")
-PER_DIMENSION = len(TAILS)
 MAX_BINS = 128
 
 Tails = str | None | Sequence[str | None]
 Bound = float | Tensor
-
-
-class _Spline(NamedTuple):
-    """What every element shares, in the order of the operators' arguments."""
-
-    bins: int
-    tails: int
-    bounds: tuple[float, float, float, float]  # left, right, bottom, top
-    minimums: tuple[float, float, float]  # bin width, bin height, derivative
-    parametrization: int
-    sharpness: float  # softplus: its beta; softclip: |ln slope|
-    boundary_slope: float
-    scale: float
-    event_dims: int
-
-
-def _arithmetic_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _softclip(u: Tensor, limit: float) -> Tensor:
-    return u / (1 + (u / limit).abs())
-
-
-def _fractions(u: Tensor, minimum: float, spline: _Spline) -> Tensor:
-    """The bins' shares of the domain: (..., K), adding to 1."""
-    u = u * spline.scale
-    if spline.parametrization == 1:
-        u = _softclip(u, spline.sharpness / 2)
-    return minimum + (1 - minimum * spline.bins) * u.softmax(-1)
-
-
-def _slopes(u: Tensor, circular: Tensor, linear: Tensor, spline: _Spline) -> Tensor:
-    """The derivatives at the K + 1 knots."""
-    kind = spline.tails
-    if kind == 1:
-        u = functional.pad(u, (1, 1))
-    elif kind == 2:
-        u = torch.cat((u, u[..., :1]), -1)
-    elif kind == PER_DIMENSION:
-        last = torch.where(circular, u[..., 0], u[..., -1])
-        u = torch.cat((u[..., :-1], last.unsqueeze(-1)), -1)
-    if spline.parametrization == 0:
-        # Not `softplus`, which turns linear at 20 and loses half the digits of float64 there.
-        slopes = spline.minimums[2] + torch.logaddexp(u * spline.sharpness, u.new_zeros(())) / spline.sharpness
-    else:
-        slopes = _softclip(u, spline.sharpness).exp()
-    if kind in (1, PER_DIMENSION):
-        end = torch.zeros(spline.bins + 1, dtype=torch.bool, device=u.device)
-        end[0] = end[-1] = True
-        slopes = torch.where(linear.unsqueeze(-1) & end, spline.boundary_slope, slopes)
-    return slopes
-
-
-def _evaluate(
-    value: Tensor, parts: Sequence[Tensor], dimensions: Tensor | None, spline: _Spline, inverse: bool
-) -> tuple[Tensor, Tensor]:
-    dtype, bins = _arithmetic_dtype(value), spline.bins
-    if len(parts) == 1:
-        parts = parts[0].split((bins, bins, parts[0].shape[-1] - 2 * bins), -1)
-    widths, heights, derivatives = (part.to(dtype) for part in parts)
-    if dimensions is None:
-        dimensions = torch.tensor((*spline.bounds, float(spline.tails)), dtype=dtype, device=value.device)
-    left, right, bottom, top, tails = dimensions.to(dtype).unbind()
-    slopes = _slopes(derivatives, tails == 2, tails == 1, spline)
-
-    x = value.to(dtype)
-    (low, high), searched = ((bottom, top), 1) if inverse else ((left, right), 0)
-    inside = torch.minimum(torch.maximum(x, low), high)
-    outside = (x < low) | (x > high)
-    identity = outside & (tails != 0)
-
-    widths = _fractions(widths, spline.minimums[0], spline) * (right - left).unsqueeze(-1)
-    heights = _fractions(heights, spline.minimums[1], spline) * (top - bottom).unsqueeze(-1)
-    lefts, bottoms = (
-        low_end.unsqueeze(-1) + functional.pad(sizes.cumsum(-1)[..., :-1], (1, 0))
-        for low_end, sizes in ((left, widths), (bottom, heights))
-    )
-    k = (inside.unsqueeze(-1) >= (lefts, bottoms)[searched][..., 1:]).sum(-1, keepdim=True)
-
-    def at(table: Tensor, index: Tensor) -> Tensor:
-        return table.expand(*k.shape[:-1], -1).gather(-1, index).squeeze(-1)
-
-    x_k, w, y_k, h = (at(table, k) for table in (lefts, widths, bottoms, heights))
-    d0, d1 = at(slopes, k), at(slopes, k + 1)
-    delta = h / w
-    if inverse:
-        # The discriminant as a sum of squares is never negative; of the two forms of the root, the one that adds.
-        eta = ((inside - y_k) / h).clamp(0, 1)
-        m = d0 * (1 - eta) - d1 * eta
-        root = (m * m + 4 * delta * delta * eta * (1 - eta)).sqrt()
-        near = 2 * delta * torch.where(m >= 0, eta, 1 - eta)
-        near = near / (near + m.abs() + root)
-        theta, rest = torch.where(m >= 0, near, 1 - near), torch.where(m >= 0, 1 - near, near)
-        image = x_k + w * theta
-    else:
-        theta = ((inside - x_k) / w).clamp(0, 1)
-        rest = 1 - theta
-    t = theta * rest
-    denominator = delta * (1 - 2 * t) + (d0 + d1) * t
-    if not inverse:
-        image = y_k + h * (theta * (delta * theta + d0 * rest) / denominator)
-    ladj = (delta / denominator).square() * (d1 * theta * theta + 2 * delta * t + d0 * rest * rest)
-    end_slope = torch.where(x < low, d0, d1)
-    ladj = torch.where(outside, end_slope, ladj).log()
-
-    excess = torch.where(identity, 0.0, x - inside)
-    image = image + (excess / end_slope if inverse else excess * end_slope)
-    y = torch.where(identity, x, image).to(value.dtype)
-    ladj = torch.where(identity, 0.0, -ladj if inverse else ladj)
-    # sum over no dimensions would be a sum over all.
-    return y, ladj.sum(tuple(range(-spline.event_dims, 0))) if spline.event_dims else ladj
 
 
 def rational_quadratic_spline_reference(
@@ -145,13 +26,13 @@ def rational_quadratic_spline_reference(
 ) -> tuple[Tensor, Tensor]:
     """`rational_quadratic_spline` in plain PyTorch: its specification, its fallback, and the oracle of its tests."""
     parts, dimensions, spline = _settle(x, parameters, **options)
-    return _evaluate(x, parts, dimensions, spline, inverse)
+    return evaluate(x, parts, dimensions, spline, inverse)
 
 
 @_native.register_fake("rational_quadratic_spline_forward")
 @_native.register_fake("rational_quadratic_spline_inverse")
 def _fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    ladj = x.new_empty(x.shape[: x.dim() - arguments[-1]], dtype=_arithmetic_dtype(x))
+    ladj = x.new_empty(x.shape[: x.dim() - arguments[-1]], dtype=arithmetic_dtype(x))
     return torch.empty_like(x, memory_format=torch.contiguous_format), ladj
 
 
@@ -164,7 +45,7 @@ def _backward_fake(x: Tensor, parameters: Sequence[Tensor], *_: Any) -> tuple[Te
 
 def _gradient_dtype(x: Tensor, parts: Sequence[Tensor]) -> torch.dtype:
     dtypes = {part.dtype for part in parts}
-    return dtypes.pop() if len(dtypes) == 1 else _arithmetic_dtype(x)
+    return dtypes.pop() if len(dtypes) == 1 else arithmetic_dtype(x)
 
 
 def _kernel(kernels: Any, inverse: bool) -> Any:
@@ -173,14 +54,14 @@ def _kernel(kernels: Any, inverse: bool) -> Any:
 
 def _backward_reference(
     x: Tensor, parts: Sequence[Tensor], dimensions: Tensor | None, grad_output: Tensor, grad_ladj: Tensor,
-    spline: _Spline, inverse: bool,
+    spline: Spline, inverse: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The first derivative from differentiable operations, for second derivatives."""
 
     def transform(x: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
-        return _evaluate(x, parts, dimensions, spline, inverse)
+        return evaluate(x, parts, dimensions, spline, inverse)
 
-    dtype = _arithmetic_dtype(x)
+    dtype = arithmetic_dtype(x)
     _, pull = torch.func.vjp(  # type: ignore[misc]  # annotated for an auxiliary output as well
         transform, x.to(dtype), *(part.to(dtype) for part in parts)
     )
@@ -193,7 +74,7 @@ class _RationalQuadraticSpline(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dimensions: Tensor | None, spline: _Spline, inverse: bool, *parts: Tensor
+        ctx: Any, x: Tensor, dimensions: Tensor | None, spline: Spline, inverse: bool, *parts: Tensor
     ) -> tuple[Tensor, Tensor]:
         y, ladj = _kernel(_native.kernels_for(x), inverse)(x, parts, dimensions, *spline)
         ctx.spline, ctx.inverse = spline, inverse
@@ -273,9 +154,16 @@ def rational_quadratic_spline(
     Returns:
         The transformed tensor, with x's shape and dtype, contiguous, and ladj (*batch) in nats of the direction taken,
         float32 (float64 for float64 x). Arithmetic is in float32 (float64 for float64). NaN in gives NaN in that
-        element and row only; any finite x and parameters up to 1e6 give finite results and gradients. In float32 the
-        inverse finds x back within 5e-7 / min(1, dy/dx) of the domain: 1e-5 for parameters of ordinary size, less where
-        they make bins so flat that y's own rounding hides x.
+        element and row only; parameters up to 1e6, and any finite x inside of the domain or in tails, give finite
+        results and gradients. With tails=None so does x outside, as long as the straight line there and its derivative
+        by the end's slope s, |x| / s^2 going back, are in the arithmetic's range. In float16 what exceeds 65504 becomes
+        infinite, gradients too, as loss scaling expects.
+
+        In float32 the inverse finds x back within 5e-7 / min(1, dy/dx) of the domain, so that the flatness of the bins
+        decides how well. With the default minimums and unconstrained parameters of standard deviation up to 0.5, the
+        ordinary size, that is within 1e-5; with 1 still for 99.5 % of all elements, and 1e-3 for the others; with 3 for
+        60 %, and 0.2. Extreme parameters make bins so flat that their points share one y, and any of them comes back.
+        It is y's own rounding: an exact spline, with its y rounded to float32, finds no more of them.
 
     Raises:
         ValueError: for parameters whose number or shape does not fit, bins outside 2 .. 128, minimum sizes that leave
@@ -290,7 +178,7 @@ def rational_quadratic_spline(
     )  # fmt: skip
     kernels = _native.kernels_for(x)
     if kernels is None:
-        return _evaluate(x, parts, dimensions, spline, inverse)
+        return evaluate(x, parts, dimensions, spline, inverse)
     if _native.wants_gradient(x, *parts):
         y, ladj = _RationalQuadraticSpline.apply(x, dimensions, spline, inverse, *parts)  # type: ignore[no-untyped-call]
         return y, ladj
@@ -315,7 +203,7 @@ def _settle(
     identity_init: bool = False,
     scale: float = 1.0,
     event_dims: int = 1,
-) -> tuple[tuple[Tensor, ...], Tensor | None, _Spline]:
+) -> tuple[tuple[Tensor, ...], Tensor | None, Spline]:
     """The arguments checked, the parameters expanded to x, and what every element shares."""
     if not x.is_floating_point():
         raise TypeError(f"x has dtype {x.dtype}, but expected float32, float64, bfloat16 or float16")
@@ -324,7 +212,7 @@ def _settle(
     layout = _layout(tails, x)
     parts = (parameters,) if isinstance(parameters, Tensor) else tuple(parameters)
     k = _bins(parts, layout, bins)
-    parts = tuple(_expand(name, part, x) for name, part in zip(_names(parts), parts, strict=True))
+    parts = tuple(expand(name, part, x, part.shape[-1:]) for name, part in zip(_names(parts), parts, strict=True))
     if parametrization not in PARAMETRIZATIONS:
         raise ValueError(f"parametrization is {parametrization!r}, but expected one of {', '.join(PARAMETRIZATIONS)}")
     if not 0 < scale < math.inf:
@@ -346,7 +234,7 @@ def _settle(
             raise ValueError(
                 f"min_derivative is {min_derivative}, but expected a number >= 0{', below 1' * identity_init}"
             )
-        floor = torch.finfo(_arithmetic_dtype(x)).eps
+        floor = torch.finfo(arithmetic_dtype(x)).eps
         least = (max(min_bin_width, floor), max(min_bin_height, floor), max(min_derivative, floor))
         sharpness = math.log(2) / (1 - least[2]) if identity_init else 1.0
     if image is not None and layout != 0 and any(t is not None for t in _each(tails)):
@@ -357,7 +245,7 @@ def _settle(
         dimensions = _dimensions(x, edges, tails, layout)
         edges = (0.0, 1.0, 0.0, 1.0)
     left, right, bottom, top = (float(edge) for edge in edges)
-    spline = _Spline(
+    spline = Spline(
         k, layout, (left, right, bottom, top), least, PARAMETRIZATIONS.index(parametrization), sharpness,
         float(boundary_slope), float(scale), event_dims,
     )  # fmt: skip
@@ -409,20 +297,6 @@ def _bins(parts: Sequence[Tensor], layout: int, bins: int | None) -> int:
     return k
 
 
-def _expand(name: str, part: Tensor, x: Tensor) -> Tensor:
-    if part.device != x.device:
-        raise ValueError(f"{name} is on {part.device}, but expected x's {x.device}")
-    if part.shape[:-1] == x.shape:
-        return part
-    try:
-        return part.expand(*x.shape, part.shape[-1])
-    except RuntimeError:
-        raise ValueError(
-            f"{name} has shape {tuple(part.shape)}, but expected one that broadcasts to "
-            f"{(*x.shape, part.shape[-1])}: x's shape and the parameters of an element"
-        ) from None
-
-
 def _pair(name: str, pair: tuple[Bound, Bound]) -> tuple[Bound, Bound]:
     low, high = pair
     if not (isinstance(low, Tensor) or isinstance(high, Tensor)) and not -math.inf < low < high < math.inf:
@@ -449,7 +323,7 @@ def _tail_codes(tails: tuple[str | None, ...], dtype: torch.dtype, device: torch
 def _dimensions(x: Tensor, edges: Sequence[Bound], tails: Tails, layout: int) -> Tensor:
     """(5, C): left, right, bottom, top and the code of the tails for each element of x's last dimension."""
     count = x.shape[-1] if x.dim() else 1
-    dtype = _arithmetic_dtype(x)
+    dtype = arithmetic_dtype(x)
     rows = []
     for name, edge in zip(("domain", "domain", "image", "image"), edges, strict=True):
         if not isinstance(edge, Tensor):
