@@ -60,6 +60,18 @@ class ModelConfig:
             raise ValueError(f"classes is {self.classes}, but expected a positive number or None")
         object.__setattr__(self, "shape", tuple(self.shape))
 
+    def require_positive(self, *names: str) -> None:
+        """ValueError where one of these fields is less than 1."""
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but expected at least 1")
+
+    def require_probability(self, *names: str) -> None:
+        """ValueError where one of these fields is outside [0, 1)."""
+        for name in names:
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but expected a number in [0, 1)")
+
     @property
     def dimensions(self) -> int:
         """The number of values in one picture."""
