@@ -15,73 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pygen import ops
+from pygen.nn.cache import KeyValueCache
+from pygen.nn.layer_caches import Cache, GrowingCache, LayerCaches
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-class Cache:
-    """The keys and values of the tokens that a causal transformer has seen, in every layer."""
-
-    def places(self, block: int) -> Tensor:
-        """The positions, int (block,) or (n, block), of the next `block` tokens in the sequence."""
-        raise NotImplementedError(f"{type(self).__name__} does not define places")
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Append the keys and values of a block to those of a layer, and attend: (n, heads, block, width) all."""
-        raise NotImplementedError(f"{type(self).__name__} does not define attend")
-
-
-class KeyValueCache(Cache):
-    """Room for `capacity` tokens, filled in place by `ops.attend_cached`; there is no gradient through it.
-
-    keys, values: (layers, n, heads, capacity, width). lengths: int32 (layers, n), how many tokens are in. To take
-    tokens back, set `lengths` back; a row may be ahead of another. A row whose block does not fit gets NaN.
-    """
-
-    def __init__(
-        self, layers: int, n: int, heads: int, capacity: int, width: int, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        shape = (layers, n, heads, capacity, width)
-        self.keys, self.values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
-        self.lengths = torch.zeros(layers, n, dtype=torch.int32, device=device)
-        self._layers = list(zip(self.keys.unbind(), self.values.unbind(), self.lengths.unbind(), strict=True))
-
-    def places(self, block: int) -> Tensor:
-        next_places = self.lengths[0].unsqueeze(1) + torch.arange(block, device=self.lengths.device)
-        # What does not fit is marked by the attention, not by an index out of range.
-        return next_places.clamp(max=self.keys.shape[3] - 1)
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return ops.attend_cached(query, key, value, *self._layers[layer])
-
-
-class GrowingCache(Cache):
-    """Keys and values joined to those before, so that gradients go through; each step copies what it keeps.
-
-    ValueError, of `places`: more tokens than `capacity`.
-    """
-
-    def __init__(self, layers: int, capacity: int, *, device: torch.device) -> None:
-        self.kept: list[tuple[Tensor, Tensor] | None] = [None] * layers
-        self.length = 0
-        self.capacity = capacity
-        self.device = device
-
-    def places(self, block: int) -> Tensor:
-        start, self.length = self.length, self.length + block
-        if self.length > self.capacity:
-            raise ValueError(f"x has {block} tokens after {start}, but expected at most {self.capacity} in all")
-        return torch.arange(start, self.length, device=self.device)
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        kept = self.kept[layer]
-        if kept is not None:
-            key, value = torch.cat((kept[0], key), dim=2), torch.cat((kept[1], value), dim=2)
-        self.kept[layer] = key, value
-        block, length = query.shape[2], key.shape[2]
-        seen = torch.ones(block, length, dtype=torch.bool, device=query.device).tril(length - block)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
 
 
 class TransformerBlock(nn.Module):
@@ -196,9 +133,10 @@ class CausalTransformer(nn.Module):
         width, device = self.positions.shape[1] // self.heads, self.positions.device
         if differentiable:
             return GrowingCache(len(self.blocks), capacity, device=device)
-        return KeyValueCache(
-            len(self.blocks), n, self.heads, capacity, width, dtype=self.positions.dtype, device=device
-        )
+        layers = [KeyValueCache(capacity) for _ in self.blocks]
+        for layer in layers:
+            layer.allocate(n, self.heads, width, dtype=self.positions.dtype, device=device)
+        return LayerCaches(layers)
 
     def _enter(self, x: Tensor, positions: Tensor, condition: Tensor | None) -> Tensor:
         x = x + positions

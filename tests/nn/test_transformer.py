@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pygen.nn.transformer import Cache, CausalTransformer
+from pygen.nn.layer_caches import Cache
+from pygen.nn.transformer import CausalTransformer
 
 
 def build(length: int = 6, **options: Any) -> CausalTransformer:
@@ -82,25 +83,25 @@ def test_tokens_are_taken_back():
     with torch.no_grad():
         net.step(x[:, :3], cache)
         net.step(other, cache)
-        cache.lengths.sub_(2)
+        cache.crop(-2)
         torch.testing.assert_close(net.step(x[:, 3:], cache), net(x)[:, 3:])
         # A row may be ahead of another.
-        cache.lengths[:, 0] = 4
-        ahead, behind = net.step(torch.stack((x[0, 4:5], x[1, 4:5])), cache), net(x)
-        assert ahead[1].isnan().all()
-        torch.testing.assert_close(ahead[0], behind[0, 4:5])
+        cache.crop([4, 3])
+        ahead, behind = net.step(torch.stack((x[0, 4:5], x[1, 3:4])), cache), net(x)
+        torch.testing.assert_close(ahead, torch.stack((behind[0, 4:5], behind[1, 3:4])))
 
 
-def test_what_does_not_fit_is_marked():
+def test_what_does_not_fit_is_refused():
     net = build(4)
-    cache = net.cache(2, capacity=3)
-    with torch.no_grad():
-        assert net.step(torch.randn(2, 3, 8), cache).isfinite().all()
-        assert net.step(torch.randn(2, 1, 8), cache).isnan().all()
-    growing = net.cache(2, capacity=3, differentiable=True)
-    net.step(torch.randn(2, 2, 8), growing)
-    with pytest.raises(ValueError, match="x has 2 tokens after 2, but expected at most 3 in all"):
-        net.step(torch.randn(2, 2, 8), growing)
+    for differentiable, refusal in (
+        (False, "key has 2 tokens behind 2, but expected at most 3 in all, the capacity of the cache"),
+        (True, "x has 2 tokens after 2, but expected at most 3 in all"),
+    ):
+        cache = net.cache(2, capacity=3, differentiable=differentiable)
+        with torch.no_grad():
+            assert net.step(torch.randn(2, 2, 8), cache).isfinite().all()
+            with pytest.raises(ValueError, match=refusal):
+                net.step(torch.randn(2, 2, 8), cache)
 
 
 def test_labels_and_temperature_matter_to_their_own_row_alone():
