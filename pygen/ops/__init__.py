@@ -24,27 +24,27 @@ if TYPE_CHECKING:
         quadratic_spline,
         quadratic_spline_reference,
     )
+    from pygen.ops.rotary import Rotary, rotary_tables, rotary_tables_2d
     from pygen.ops.sampling import filter_logits, filter_logits_reference, sample_logits, sample_logits_reference
     from pygen.ops.schedule import diffusion_step, diffusion_step_reference
     from pygen.ops.spline import rational_quadratic_spline, rational_quadratic_spline_reference
     from pygen.ops.wavelet import haar, haar_reference, squeeze, squeeze_reference
 
 _FAMILY_OF = {
-    from pygen.ops.rotary import Rotary, rotary_tables, rotary_tables_2d
     "MaskedAffine": "masked",
     "MaskedNetwork": "masked_network",
     "MaskedSpline": "masked",
+    "Rotary": "rotary",
     "affine": "coupling",
     "affine_reference": "coupling",
+    "append_cached": "cache",
+    "append_cached_reference": "cache_reference",
     "attend_cached": "cache",
     "attend_cached_reference": "cache_reference",
     "cubic_spline": "piecewise",
     "cubic_spline_reference": "piecewise",
-    "Rotary": "rotary",
     "diffusion_step": "schedule",
     "diffusion_step_reference": "schedule",
-    "append_cached": "cache",
-    "append_cached_reference": "cache_reference",
     "filter_logits": "sampling",
     "filter_logits_reference": "sampling",
     "haar": "wavelet",
@@ -60,6 +60,8 @@ _FAMILY_OF = {
     "quadratic_spline_reference": "piecewise",
     "rational_quadratic_spline": "spline",
     "rational_quadratic_spline_reference": "spline",
+    "rotary_tables": "rotary",
+    "rotary_tables_2d": "rotary",
     "sample_logits": "sampling",
     "sample_logits_reference": "sampling",
     "squeeze": "wavelet",
@@ -71,6 +73,7 @@ _FAMILY_OF = {
 # Public operator -> the kernels it calls, by their names in csrc/operators.h.
 OPERATORS = {
     "affine": ("affine_forward", "affine_inverse", "affine_backward"),
+    "append_cached": ("append_cached",),
     "attend_cached": ("attend_cached",),
     "cubic_spline": ("piecewise_spline_forward", "piecewise_spline_inverse", "piecewise_spline_backward"),
     "diffusion_step": ("diffusion_step", "diffusion_step_denoised", "diffusion_step_backward"),
@@ -83,7 +86,6 @@ OPERATORS = {
     "quadratic_spline": ("piecewise_spline_forward", "piecewise_spline_inverse", "piecewise_spline_backward"),
     "rational_quadratic_spline": (
         "rational_quadratic_spline_forward",
-    "append_cached": ("append_cached",),
         "rational_quadratic_spline_inverse",
         "rational_quadratic_spline_backward",
     ),
@@ -97,8 +99,11 @@ __all__ = [
     "MaskedAffine",
     "MaskedNetwork",
     "MaskedSpline",
+    "Rotary",
     "affine",
     "affine_reference",
+    "append_cached",
+    "append_cached_reference",
     "attend_cached",
     "attend_cached_reference",
     "cubic_spline",
@@ -111,11 +116,8 @@ __all__ = [
     "haar_reference",
     "linear_spline",
     "linear_spline_reference",
-    "Rotary",
     "logistic_mixture",
     "logistic_mixture_reference",
-    "append_cached",
-    "append_cached_reference",
     "masked_inverse",
     "masked_inverse_reference",
     "noise",
@@ -124,6 +126,8 @@ __all__ = [
     "quadratic_spline_reference",
     "rational_quadratic_spline",
     "rational_quadratic_spline_reference",
+    "rotary_tables",
+    "rotary_tables_2d",
     "sample_logits",
     "sample_logits_reference",
     "squeeze",
