@@ -34,6 +34,13 @@ constexpr const char* kSchemas[] = {
     "int features, Tensor? dimensions, int bins, int tails, float[] bounds, float[] minimums, int parametrization, "
     "float sharpness, float boundary_slope, float scale) -> (Tensor x, Tensor ladj)",
     "masked_backward(Tensor samples, Tensor weights, Tensor program, Tensor device_program, int outputs) -> Tensor",
+    // logistics: x (n, colours, ...), parameters (n, count, ...) as csrc/logistics.h has them, log_prob (n, ...); one
+    // pixel a row where they are sampled, with x and known, (n, colours), for colours that are given
+    "discretized_logistics_forward(Tensor x, Tensor parameters, int levels) -> Tensor log_prob",
+    "discretized_logistics_backward(Tensor x, Tensor parameters, Tensor grad_log_prob, int levels) "
+    "-> (Tensor grad_x, Tensor grad_parameters)",
+    "discretized_logistics_sample(Tensor parameters, Tensor sample_ids, SymInt seed, Tensor? seeds, SymInt position, "
+    "Tensor? positions, int colours, int levels, Tensor? x, Tensor? known) -> (Tensor x, Tensor log_prob)",
     // mixture: [K logits | K means | K log scales] for each element, in one tensor or three
     "logistic_mixture_forward(Tensor x, Tensor[] parameters, int event_dims) -> (Tensor y, Tensor ladj)",
     "logistic_mixture_inverse(Tensor y, Tensor[] parameters, int event_dims) -> (Tensor x, Tensor ladj)",

@@ -12,6 +12,12 @@ if TYPE_CHECKING:
     from pygen.ops.cache import append_cached, attend_cached
     from pygen.ops.cache_reference import append_cached_reference, attend_cached_reference
     from pygen.ops.coupling import affine, affine_reference
+    from pygen.ops.logistics import (
+        discretized_logistics_log_prob,
+        discretized_logistics_log_prob_reference,
+        sample_discretized_logistics,
+        sample_discretized_logistics_reference,
+    )
     from pygen.ops.masked import MaskedAffine, MaskedSpline, masked_inverse, masked_inverse_reference
     from pygen.ops.masked_network import MaskedNetwork
     from pygen.ops.mixture import logistic_mixture, logistic_mixture_reference
@@ -45,6 +51,8 @@ _FAMILY_OF = {
     "cubic_spline_reference": "piecewise",
     "diffusion_step": "schedule",
     "diffusion_step_reference": "schedule",
+    "discretized_logistics_log_prob": "logistics",
+    "discretized_logistics_log_prob_reference": "logistics",
     "filter_logits": "sampling",
     "filter_logits_reference": "sampling",
     "haar": "wavelet",
@@ -62,6 +70,8 @@ _FAMILY_OF = {
     "rational_quadratic_spline_reference": "spline",
     "rotary_tables": "rotary",
     "rotary_tables_2d": "rotary",
+    "sample_discretized_logistics": "logistics",
+    "sample_discretized_logistics_reference": "logistics",
     "sample_logits": "sampling",
     "sample_logits_reference": "sampling",
     "squeeze": "wavelet",
@@ -77,6 +87,7 @@ OPERATORS = {
     "attend_cached": ("attend_cached",),
     "cubic_spline": ("piecewise_spline_forward", "piecewise_spline_inverse", "piecewise_spline_backward"),
     "diffusion_step": ("diffusion_step", "diffusion_step_denoised", "diffusion_step_backward"),
+    "discretized_logistics_log_prob": ("discretized_logistics_forward", "discretized_logistics_backward"),
     "filter_logits": ("filter_logits",),
     "haar": ("wavelet_forward", "wavelet_inverse"),
     "linear_spline": ("piecewise_spline_forward", "piecewise_spline_inverse", "piecewise_spline_backward"),
@@ -89,6 +100,7 @@ OPERATORS = {
         "rational_quadratic_spline_inverse",
         "rational_quadratic_spline_backward",
     ),
+    "sample_discretized_logistics": ("discretized_logistics_sample",),
     "sample_logits": ("sample_logits",),
     "squeeze": ("wavelet_forward", "wavelet_inverse"),
     "uniform": ("noise",),
@@ -110,6 +122,8 @@ __all__ = [
     "cubic_spline_reference",
     "diffusion_step",
     "diffusion_step_reference",
+    "discretized_logistics_log_prob",
+    "discretized_logistics_log_prob_reference",
     "filter_logits",
     "filter_logits_reference",
     "haar",
@@ -128,6 +142,8 @@ __all__ = [
     "rational_quadratic_spline_reference",
     "rotary_tables",
     "rotary_tables_2d",
+    "sample_discretized_logistics",
+    "sample_discretized_logistics_reference",
     "sample_logits",
     "sample_logits_reference",
     "squeeze",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cases import DTYPES, LAYOUTS
+from goodness import fit
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -101,21 +102,6 @@ def test_inverts_the_distribution(backend, device, dtype):
     assert (u <= upto + tolerance).all()
     assert (u >= upto - own - tolerance).all()
     torch.testing.assert_close(log_prob.double().cpu(), own.log(), rtol=tolerance, atol=tolerance)
-
-
-def fit(tokens: Tensor, probability: Tensor) -> float:
-    """p-value of the G-test of tokens against probabilities, bins pooled up to at least ten expected."""
-    expected = probability.double() * len(tokens)
-    seen = torch.bincount(tokens, minlength=len(expected)).double()
-    order = expected.argsort()
-    group, filled = torch.zeros(len(order), dtype=torch.int64), 0.0
-    for place, token in enumerate(order.tolist()):
-        group[token] = group[order[place - 1]] + (filled >= 10) if place else 0
-        filled = (0.0 if filled >= 10 else filled) + float(expected[token])
-    pooled = [torch.zeros(int(group.max()) + 1, dtype=torch.float64).index_add(0, group, x) for x in (seen, expected)]
-    statistic = 2 * torch.special.xlogy(pooled[0], pooled[0] / pooled[1]).sum()
-    freedom = torch.tensor((len(pooled[0]) - 1) / 2, dtype=torch.float64)
-    return float(torch.special.gammaincc(freedom, statistic / 2)) if freedom > 0 else 1.0
 
 
 def filtered(logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0) -> Tensor:
