@@ -28,6 +28,30 @@ struct RowArguments {
   double top_p, typical_p;
 };
 
+template <class Stored, class T>
+inline RowArguments<Stored, T> row_arguments(const Grid<Stored>& logits, int64_t vocabulary, const Filters& filters) {
+  RowArguments<Stored, T> row{};
+  row.logits = logits;
+  row.vocabulary = vocabulary;
+  row.greedy = filters.temperature == 0;
+  row.temperature = usable_temperature<T>(filters.temperature);
+  row.margin = min_p_margin<T>(filters.temperature, filters.min_p);
+  row.bits = weight_bits(vocabulary);
+  row.scale = static_cast<T>(power_of_two(row.bits));
+  row.bins_per_unit = usable_temperature<T>(kBinsPerDepth / static_cast<double>(row.temperature));
+  row.top_k = filters.top_k;
+  row.top_p = filters.top_p;
+  row.typical_p = filters.typical_p;
+  row.split_ties = filters.split_ties;
+  return row;
+}
+
+inline unsigned threads_for(int64_t vocabulary) {
+  unsigned threads = kFewestThreads;
+  while (threads < kMostThreads && threads * kPerThread < vocabulary) threads *= 2;
+  return threads;
+}
+
 // Keys that ascend as the numbers descend. Adding zero makes one key of both zeros.
 __device__ __forceinline__ uint32_t key_of(float x) {
   const uint32_t bits = __float_as_uint(x + 0.0f);
@@ -98,6 +122,42 @@ __device__ __forceinline__ Found find_bin(int count, Whole above, double target,
   return found;
 }
 
+// The first of n indices whose cumulative amount exceeds u times the whole; one thread calls emit(index, whole). All
+// threads of the block call; `sums` is 32 numbers of shared memory.
+template <class Amount, class Emit>
+__device__ __forceinline__ void draw_whole(int64_t n, double u, const Amount& amount, Whole* sums, const Emit& emit) {
+  // Each warp adds up a run of indices; the one in whose run the target falls looks for it.
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+  const int warps = static_cast<int>(blockDim.x / 32);
+  const int64_t run = (n + warps - 1) / warps, begin = min(n, warp * run), end = min(n, begin + run);
+  Whole own = 0;
+  for (int64_t i = begin + lane; i < end; i += 32) own += amount(i);
+  own = warp_sum(own);
+  __syncthreads();
+  if (lane == 0) sums[warp] = own;
+  __syncthreads();
+  Whole passed = 0, total = 0;
+  for (int w = 0; w < warps; ++w) {
+    if (w < warp) passed += sums[w];
+    total += sums[w];
+  }
+  const double target = inverse_target(u, static_cast<double>(total));
+  if (static_cast<double>(passed) > target || static_cast<double>(passed + own) <= target) return;
+  for (int64_t base = begin; base < end; base += 32) {
+    Whole upto = base + lane < end ? amount(base + lane) : 0;
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const Whole lower = __shfl_up_sync(~0u, upto, offset);
+      if (lane >= offset) upto += lower;
+    }
+    const unsigned reached = __ballot_sync(~0u, static_cast<double>(passed + upto) > target);
+    if (reached) {
+      if (lane == __ffs(static_cast<int>(reached)) - 1) emit(base + lane, total);
+      return;
+    }
+    passed += __shfl_sync(~0u, upto, 31);
+  }
+}
+
 // All threads of the block call every method, and get the same answers.
 template <class Stored, class T>
 class BlockSampler {
@@ -164,40 +224,9 @@ class BlockSampler {
   // The token that u falls on; one thread calls emit(token, log-probability).
   template <class Emit>
   __device__ __forceinline__ void draw(double u, const Emit& emit) {
-    // Each warp weighs a run of the row; the one in whose run the target falls looks for the token.
-    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-    const int warps = static_cast<int>(blockDim.x / 32);
-    const int64_t run = (n_ + warps - 1) / warps, begin = min(n_, warp * run), end = min(n_, begin + run);
-    Whole own = 0;
-    for (int64_t i = begin + lane; i < end; i += 32) own += kept_weight(i);
-    own = warp_sum(own);
-    __syncthreads();
-    if (lane == 0) scratch_.sums[warp] = own;
-    __syncthreads();
-    Whole passed = 0, total = 0;
-    for (int w = 0; w < warps; ++w) {
-      if (w < warp) passed += scratch_.sums[w];
-      total += scratch_.sums[w];
-    }
-    const double target = inverse_target(u, static_cast<double>(total));
-    if (static_cast<double>(passed) > target || static_cast<double>(passed + own) <= target) return;
-    for (int64_t base = begin; base < end; base += 32) {
-      Whole upto = base + lane < end ? kept_weight(base + lane) : 0;
-      for (int offset = 1; offset < 32; offset *= 2) {
-        const Whole lower = __shfl_up_sync(~0u, upto, offset);
-        if (lane >= offset) upto += lower;
-      }
-      const unsigned reached = __ballot_sync(~0u, static_cast<double>(passed + upto) > target);
-      if (reached) {
-        if (lane == __ffs(static_cast<int>(reached)) - 1) {
-          const T x = value(base + lane);
-          emit(base + lane,
-               static_cast<T>(log_share(x, peak_, all_.temperature, static_cast<double>(total), all_.bits)));
-        }
-        return;
-      }
-      passed += __shfl_sync(~0u, upto, 31);
-    }
+    draw_whole(
+        n_, u, [this](int64_t i) { return kept_weight(i); }, scratch_.sums,
+        [&](int64_t token, Whole total) { emit(token, log_prob(token, total)); });
   }
 
   // log p of what is kept, -inf elsewhere.
@@ -207,6 +236,20 @@ class BlockSampler {
       const T x = value(i);
       log_probs[i] = holds(i, x) ? (x - peak_) / all_.temperature - log_total : -std::numeric_limits<T>::infinity();
     }
+  }
+
+  __device__ __forceinline__ Whole kept_weight(int64_t i) const {
+    const T x = value(i);
+    return holds(i, x) ? weight(x) : 0;
+  }
+  // Of all tokens.
+  __device__ __forceinline__ Whole kept_weight() {
+    Whole total = 0;
+    for (int64_t i = threadIdx.x; i < n_; i += static_cast<int>(blockDim.x)) total += kept_weight(i);
+    return block_sum(total, scratch_.sums);
+  }
+  __device__ __forceinline__ T log_prob(int64_t token, Whole total) const {
+    return static_cast<T>(log_share(value(token), peak_, all_.temperature, static_cast<double>(total), all_.bits));
   }
 
  private:
@@ -219,16 +262,6 @@ class BlockSampler {
     if (!typical_) return true;
     return weight(x) > 0 && atypicality(x, peak_, all_.temperature, mean_depth_) <= reach_;
   }
-  __device__ __forceinline__ Whole kept_weight(int64_t i) const {
-    const T x = value(i);
-    return holds(i, x) ? weight(x) : 0;
-  }
-  __device__ __forceinline__ Whole kept_weight() {
-    Whole total = 0;
-    for (int64_t i = threadIdx.x; i < n_; i += static_cast<int>(blockDim.x)) total += kept_weight(i);
-    return block_sum(total, scratch_.sums);
-  }
-
   __device__ __forceinline__ void clear_bins(int count) {
     for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) scratch_.bins[i] = 0;
     __syncthreads();

@@ -34,6 +34,10 @@ constexpr const char* kSchemas[] = {
     "int features, Tensor? dimensions, int bins, int tails, float[] bounds, float[] minimums, int parametrization, "
     "float sharpness, float boundary_slope, float scale) -> (Tensor x, Tensor ladj)",
     "masked_backward(Tensor samples, Tensor weights, Tensor program, Tensor device_program, int outputs) -> Tensor",
+    // speculative: draft_tokens (rows, k), -1 where there is none; logits (rows, k, vocabulary) and (rows, k + 1, ..)
+    "speculative_accept(Tensor draft_tokens, Tensor draft_logits, Tensor target_logits, Tensor sample_ids, "
+    "SymInt seed, Tensor? seeds, SymInt position, Tensor? positions) "
+    "-> (Tensor tokens, Tensor accepted, Tensor log_prob)",
     // logistics: x (n, colours, ...), parameters (n, count, ...) as csrc/logistics.h has them, log_prob (n, ...); one
     // pixel a row where they are sampled, with x and known, (n, colours), for colours that are given
     "discretized_logistics_forward(Tensor x, Tensor parameters, int levels) -> Tensor log_prob",

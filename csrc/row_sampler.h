@@ -139,11 +139,11 @@ class RowSampler {
     }
   }
 
-  // The weights of a row before all filters, and their sum; `weight` has the vocabulary's size. Zero for a row that is
-  // no distribution.
-  double weigh_all(const T* x, T* weight) {
-    const T peak = find_peak(x);
-    return std::isfinite(peak) ? weigh_rows(x, vocabulary_, peak, T(1), scale_, weight) : 0.0;
+  // The weights of a row without any filter, as many as the vocabulary, and their sum: zero for a row that is no
+  // distribution.
+  double weigh(const T* x, T* weight, T* peak) {
+    *peak = find_peak(x);
+    return std::isfinite(*peak) ? weigh_rows(x, vocabulary_, *peak, T(1), scale_, weight) : 0.0;
   }
 
  private:

@@ -148,31 +148,6 @@ __global__ void __launch_bounds__(sampling::kMostThreads) filter_kernel(FilterAr
   sampler.write(log_probs);
 }
 
-template <class Stored, class T>
-sampling::RowArguments<Stored, T> row_arguments(const Grid<Stored>& logits, int64_t vocabulary,
-                                                const sampling::Filters& filters) {
-  sampling::RowArguments<Stored, T> row{};
-  row.logits = logits;
-  row.vocabulary = vocabulary;
-  row.greedy = filters.temperature == 0;
-  row.temperature = sampling::usable_temperature<T>(filters.temperature);
-  row.margin = sampling::min_p_margin<T>(filters.temperature, filters.min_p);
-  row.bits = sampling::weight_bits(vocabulary);
-  row.scale = static_cast<T>(sampling::power_of_two(row.bits));
-  row.bins_per_unit = sampling::usable_temperature<T>(sampling::kBinsPerDepth / static_cast<double>(row.temperature));
-  row.top_k = filters.top_k;
-  row.top_p = filters.top_p;
-  row.typical_p = filters.typical_p;
-  row.split_ties = filters.split_ties;
-  return row;
-}
-
-unsigned threads_for(int64_t vocabulary) {
-  unsigned threads = sampling::kFewestThreads;
-  while (threads < sampling::kMostThreads && threads * sampling::kPerThread < vocabulary) threads *= 2;
-  return threads;
-}
-
 // Calls f(arguments of the rows) with the scores of all rows, after writing them where they are not the logits.
 template <class F>
 void with_scores(const Tensor& logits, const std::optional<Tensor>& unconditional, const std::optional<Tensor>& history,
@@ -185,7 +160,7 @@ void with_scores(const Tensor& logits, const std::optional<Tensor>& unconditiona
     using T = typename arithmetic<Stored>::type;
     const Sources<Stored> sources(logits, unconditional, history, allowed, filters);
     if (sources.plain()) {
-      f(row_arguments<Stored, T>(sources.logits, vocabulary, filters));
+      f(sampling::row_arguments<Stored, T>(sources.logits, vocabulary, filters));
       return;
     }
     const Tensor scores = empty_like_shape(logits, sum_dtype(logits));
@@ -197,8 +172,9 @@ void with_scores(const Tensor& logits, const std::optional<Tensor>& unconditiona
                                   sampling::weight_bits(vocabulary),
                                   static_cast<T*>(scores.data_ptr())};
     all.scale = static_cast<T>(sampling::power_of_two(all.bits));
-    launch(score_kernel<Stored, T>, dim3(static_cast<unsigned>(rows)), dim3(threads_for(vocabulary)), 0, stream, all);
-    f(row_arguments<T, T>(grid_of<T>(scores), vocabulary, filters));
+    launch(score_kernel<Stored, T>, dim3(static_cast<unsigned>(rows)), dim3(sampling::threads_for(vocabulary)), 0,
+           stream, all);
+    f(sampling::row_arguments<T, T>(grid_of<T>(scores), vocabulary, filters));
   });
 }
 
@@ -226,8 +202,8 @@ std::tuple<Tensor, Tensor> sample_logits(Tensor logits, Tensor sample_ids, int64
                                                      sample_ids.stride(0),
                                                      static_cast<int64_t*>(token.data_ptr()),
                                                      static_cast<T*>(log_prob.data_ptr())};
-                launch(sample_kernel<Stored, T>, dim3(static_cast<unsigned>(rows)), dim3(threads_for(row.vocabulary)),
-                       0, device.stream(), all);
+                launch(sample_kernel<Stored, T>, dim3(static_cast<unsigned>(rows)),
+                       dim3(sampling::threads_for(row.vocabulary)), 0, device.stream(), all);
               });
   return {token, log_prob};
 }
@@ -243,7 +219,7 @@ Tensor filter_logits(Tensor logits, double temperature, int64_t top_k, double to
               device.stream(), [&]<class Stored, class T>(const sampling::RowArguments<Stored, T>& row) {
                 const FilterArguments<Stored, T> all{row, static_cast<T*>(log_probs.data_ptr())};
                 launch(filter_kernel<Stored, T>, dim3(static_cast<unsigned>(logits.size(0))),
-                       dim3(threads_for(row.vocabulary)), 0, device.stream(), all);
+                       dim3(sampling::threads_for(row.vocabulary)), 0, device.stream(), all);
               });
   return log_probs;
 }

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pygen.ops.rotary import Rotary, rotary_tables, rotary_tables_2d
     from pygen.ops.sampling import filter_logits, filter_logits_reference, sample_logits, sample_logits_reference
     from pygen.ops.schedule import diffusion_step, diffusion_step_reference
+    from pygen.ops.speculative import speculative_accept, speculative_accept_reference
     from pygen.ops.spline import rational_quadratic_spline, rational_quadratic_spline_reference
     from pygen.ops.wavelet import haar, haar_reference, squeeze, squeeze_reference
 
@@ -74,6 +75,8 @@ _FAMILY_OF = {
     "sample_discretized_logistics_reference": "logistics",
     "sample_logits": "sampling",
     "sample_logits_reference": "sampling",
+    "speculative_accept": "speculative",
+    "speculative_accept_reference": "speculative",
     "squeeze": "wavelet",
     "squeeze_reference": "wavelet",
     "uniform": "noise",
@@ -102,6 +105,7 @@ OPERATORS = {
     ),
     "sample_discretized_logistics": ("discretized_logistics_sample",),
     "sample_logits": ("sample_logits",),
+    "speculative_accept": ("speculative_accept",),
     "squeeze": ("wavelet_forward", "wavelet_inverse"),
     "uniform": ("noise",),
 }
@@ -146,6 +150,8 @@ __all__ = [
     "sample_discretized_logistics_reference",
     "sample_logits",
     "sample_logits_reference",
+    "speculative_accept",
+    "speculative_accept_reference",
     "squeeze",
     "squeeze_reference",
     "uniform",
