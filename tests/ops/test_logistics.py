@@ -325,6 +325,7 @@ def test_rows_of_nan_are_marked(backend, device):
 
 
 def test_raw_operators_pass_opcheck(backend, device, namespace):
+    assert callable(ops.sample_discretized_logistics)  # loads the family, and its fakes with it
     operators = getattr(torch.ops, namespace)
     x, parameters, ids = (
         pictures(2, 3, 4, device=device),
