@@ -348,7 +348,8 @@ def test_agrees_with_nflows(degree, shape, bins, tails, inverse, double):
         back, there = peer(y, parameters, inverse=False)
         torch.testing.assert_close(back, x, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(there, -ladj, rtol=1e-8, atol=1e-8)
-    if inverse:
+    # Where all of x is in the tails its result does not depend on the parameters, and autograd has no gradient.
+    if inverse or (tails and bool((x.abs() > 2).all())):
         return
     actual = gradients(SPLINES[degree], x, parameters, event_dims=0, **ours)
     for a, b in zip(actual, gradients(peer, x, parameters, inverse=False), strict=True):
