@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pygen.ops.cache import append_cached, attend_cached
     from pygen.ops.cache_reference import append_cached_reference, attend_cached_reference
     from pygen.ops.coupling import affine, affine_reference
+    from pygen.ops.incremental import incremental_advance, incremental_advance_reference
     from pygen.ops.logistics import (
         discretized_logistics_log_prob,
         discretized_logistics_log_prob_reference,
@@ -58,6 +59,8 @@ _FAMILY_OF = {
     "filter_logits_reference": "sampling",
     "haar": "wavelet",
     "haar_reference": "wavelet",
+    "incremental_advance": "incremental",
+    "incremental_advance_reference": "incremental",
     "linear_spline": "piecewise",
     "linear_spline_reference": "piecewise",
     "logistic_mixture": "mixture",
@@ -93,6 +96,7 @@ OPERATORS = {
     "discretized_logistics_log_prob": ("discretized_logistics_forward", "discretized_logistics_backward"),
     "filter_logits": ("filter_logits",),
     "haar": ("wavelet_forward", "wavelet_inverse"),
+    "incremental_advance": ("incremental_advance",),
     "linear_spline": ("piecewise_spline_forward", "piecewise_spline_inverse", "piecewise_spline_backward"),
     "logistic_mixture": ("logistic_mixture_forward", "logistic_mixture_inverse", "logistic_mixture_backward"),
     "masked_inverse": ("masked_affine_inverse", "masked_spline_inverse", "masked_backward"),
@@ -132,6 +136,8 @@ __all__ = [
     "filter_logits_reference",
     "haar",
     "haar_reference",
+    "incremental_advance",
+    "incremental_advance_reference",
     "linear_spline",
     "linear_spline_reference",
     "logistic_mixture",

@@ -1,0 +1,177 @@
+// A convolutional network as a program that computes each element once, when the elements of the sample that it depends
+// on are there (Ramachandran et al. 2017, "Fast generation for convolutional autoregressive models", arXiv:1704.06001).
+//
+// pygen/ops/incremental_program.py says what the sections of a program mean; here is how they are read, and what one
+// pointwise instruction does to one element. No torch here.
+#pragma once
+
+#include "scalar.h"
+
+namespace pygen::incremental {
+
+// In the order of KINDS, SPACES, and UNARY + BINARY in pygen/ops/incremental_program.py.
+enum class Kind : int32_t { kLinear, kPointwise, kNorm, kLookup, kAttention };
+constexpr int32_t kKinds = 5;
+
+enum class Space : int32_t { kState, kWeights, kConditions };
+constexpr int32_t kSpaces = 3;
+
+enum class Function : int32_t {
+  kNeg,
+  kExp,
+  kLog,
+  kTanh,
+  kSigmoid,
+  kRelu,
+  kAbs,
+  kSqrt,
+  kRsqrt,
+  kSilu,
+  kGelu,
+  kGeluTanh,
+  kElu,
+  kLeakyRelu,
+  kSoftplus,
+  kClamp,
+  kScale,
+  kAdd,
+  kSub,
+  kMul,
+  kDiv,
+  kMaximum,
+  kMinimum,
+  kFill
+};
+constexpr int32_t kUnaryFunctions = 17, kFunctions = 24;
+
+constexpr int32_t kNowhere = -2147483647 - 1;  // a row or column that is zero
+constexpr int32_t kNoTable = -1;
+constexpr int64_t kLanes = 16;  // channels are stored in whole vectors of so many
+constexpr int64_t kPanel = 64;  // output channels whose weights lie together, for each input in turn
+
+struct Operation {
+  Kind kind;
+  int32_t grid, out, first_source, sources, channels, weights, first_instruction, instructions, heads, first_key,
+      last_key;
+};
+
+// Channels at each site of a grid; addresses are rows[y] + columns[x] + offset in their space.
+struct Source {
+  Space space;
+  int32_t rows, columns, offset, count, gather, height, width;
+};
+
+struct Instruction {
+  Function function;
+  int32_t a, b, numbers;
+};
+
+struct Task {
+  int32_t operation, row, column, count;
+};
+
+struct Shape {
+  int32_t height, width;
+};
+
+struct Header {
+  int32_t steps, channels, height, width, vocabulary, state, conditions, weights, grids, operations, sources,
+      instructions, templates, tasks, tables, widest, checksum;
+};
+constexpr int64_t kHeader = sizeof(Header) / sizeof(int32_t);
+
+struct Program {
+  Header header;
+  const Shape* grids;
+  const Operation* operations;
+  const Source* sources;
+  const Instruction* instructions;
+  const int32_t* templates;
+  const Task* tasks;
+  const int32_t* steps;
+  const int32_t* draws;   // of each channel of the sample, the source of its logits
+  const int32_t* writes;  // and the source that says where its elements are
+  const int32_t* tables;
+};
+
+// The length that a header asks for.
+inline int64_t length_of(const Header& header) {
+  const auto whole = [](int32_t n) { return static_cast<int64_t>(n); };
+  return kHeader + 2 * whole(header.grids) + 12 * whole(header.operations) + 8 * whole(header.sources) +
+         4 * whole(header.instructions) + whole(header.templates) + 1 + 4 * whole(header.tasks) + whole(header.steps) +
+         2 * whole(header.channels) + whole(header.tables);
+}
+
+// The program with this header whose code is at an address, which need not be the host's.
+inline Program program_at(const int32_t* code, const Header& header) {
+  Program program{};
+  program.header = header;
+  program.grids = reinterpret_cast<const Shape*>(code + kHeader);
+  program.operations = reinterpret_cast<const Operation*>(program.grids + header.grids);
+  program.sources = reinterpret_cast<const Source*>(program.operations + header.operations);
+  program.instructions = reinterpret_cast<const Instruction*>(program.sources + header.sources);
+  program.templates = reinterpret_cast<const int32_t*>(program.instructions + header.instructions);
+  program.tasks = reinterpret_cast<const Task*>(program.templates + header.templates + 1);
+  program.steps = reinterpret_cast<const int32_t*>(program.tasks + header.tasks);
+  program.draws = program.steps + header.steps;
+  program.writes = program.draws + header.channels;
+  program.tables = program.writes + header.channels;
+  return program;
+}
+
+PYGEN_INLINE int64_t padded(int64_t channels) { return (channels + kLanes - 1) / kLanes * kLanes; }
+
+// Where a source lies at a site of the grid that it is read from, -1 for zeros.
+PYGEN_INLINE int64_t address(const Program& program, const Source& source, int64_t y, int64_t x) {
+  const int32_t row = program.tables[source.rows + y], column = program.tables[source.columns + x];
+  if (row == kNowhere || column == kNowhere) return -1;
+  return int64_t{row} + column + source.offset;
+}
+
+// The site of a step, on a grid of this shape.
+PYGEN_INLINE int64_t row_at(const Header& header, const Shape& grid, int64_t step) {
+  return step / header.channels / header.width * grid.height / header.height;
+}
+PYGEN_INLINE int64_t column_at(const Header& header, const Shape& grid, int64_t step) {
+  return step / header.channels % header.width * grid.width / header.width;
+}
+
+template <Function F, class T>
+PYGEN_INLINE T apply(T a, T b, const T* numbers) {
+  if constexpr (F == Function::kNeg) return -a;
+  if constexpr (F == Function::kExp) return scalar::exp(a);
+  if constexpr (F == Function::kLog) return scalar::log(a);
+  if constexpr (F == Function::kTanh) return scalar::tanh(a);
+  if constexpr (F == Function::kSigmoid) return scalar::sigmoid(a);
+  if constexpr (F == Function::kRelu) return scalar::at_least(a, T(0));
+  if constexpr (F == Function::kAbs) return scalar::abs(a);
+  if constexpr (F == Function::kSqrt) return std::sqrt(a);
+  if constexpr (F == Function::kRsqrt) return T(1) / std::sqrt(a);
+  if constexpr (F == Function::kSilu) return a * scalar::sigmoid(a);
+  if constexpr (F == Function::kGelu) return T(0.5) * a * (T(1) + std::erf(a * T(0.70710678118654752440)));
+  if constexpr (F == Function::kGeluTanh) {
+    return T(0.5) * a * (T(1) + scalar::tanh(T(0.79788456080286535588) * (a + T(0.044715) * a * a * a)));
+  }
+  if constexpr (F == Function::kElu) {
+    // e^a - 1 = 2 t / (1 - t) with t = tanh(a / 2), which keeps its digits near zero.
+    const T t = scalar::tanh(T(0.5) * scalar::at_most(a, T(0)));
+    const T below = numbers[0] * (T(2) * t / (T(1) - t));
+    return a > T(0) ? numbers[1] * a : below;
+  }
+  if constexpr (F == Function::kLeakyRelu) return a > T(0) ? a : numbers[0] * a;
+  if constexpr (F == Function::kSoftplus) {
+    const T soft = scalar::softplus(numbers[0] * a) / numbers[0];
+    return numbers[0] * a > numbers[1] ? a : soft;
+  }
+  if constexpr (F == Function::kClamp) return scalar::at_most(scalar::at_least(a, numbers[0]), numbers[1]);
+  if constexpr (F == Function::kScale) return a * numbers[0] + numbers[1];
+  if constexpr (F == Function::kAdd) return a + b;
+  if constexpr (F == Function::kSub) return a - b;
+  if constexpr (F == Function::kMul) return a * b;
+  if constexpr (F == Function::kDiv) return a / b;
+  if constexpr (F == Function::kMaximum) return a != a || a > b ? a : b;
+  if constexpr (F == Function::kMinimum) return a != a || a < b ? a : b;
+  if constexpr (F == Function::kFill) return a != T(0) ? numbers[0] : b;  // a is the mask
+}
+
+}  // namespace pygen::incremental

@@ -1,0 +1,189 @@
+"""`incremental(model)`: from a network that scores all elements at once to one that is given them one by one.
+
+Each activation of a causal network depends on some first elements of the sample, so that it can be computed once, when
+these are drawn, and kept while it is read: sampling then costs one pass. (Ramachandran et al. 2017, arXiv:1704.06001)
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+# They register what they lower.
+from pygen.autoregressive.incremental import attention, indexing, linear, pointwise
+from pygen.autoregressive.incremental.converted import Incremental
+from pygen.autoregressive.incremental.encoding import Encoder
+from pygen.autoregressive.incremental.fields import ConversionError, NotSeparable
+from pygen.autoregressive.incremental.fusion import fuse
+from pygen.autoregressive.incremental.schedule import Draw, Geometry, Schedule
+from pygen.autoregressive.incremental.tracing import Traced, evaluation, trace
+
+__all__ = ["attention", "incremental", "indexing", "linear", "pointwise"]
+
+
+def incremental(
+    model: nn.Module,
+    shape: tuple[int, ...],
+    *,
+    levels: int,
+    condition: Tensor | None = None,
+    forward: Callable[..., Tensor] | None = None,
+    values: Tensor | None = None,
+    logistics: bool = False,
+    verify: bool = True,
+) -> Incremental:
+    """Convert a masked convolutional network, as it is, into one that draws element after element.
+
+    The network is run once on an example, and what it does to every element is followed: convolutions of any stride,
+    dilation and grouping, transposed ones, matrices over channels, shifts, pads, slices, concatenations, nearest
+    upsampling, pointwise functions, normalization over the channels of a site, batch normalization in evaluation, and
+    attention with a causal mask. Masks and weight normalization are folded into the weights as they are now: after a
+    training step, convert anew.
+
+    Args:
+        model: the network; it is put into evaluation mode while it is converted.
+        shape: of a sample without the batch: (channels, height, width), (channels, length), or (length,).
+        levels: how many values an element can have.
+        condition: an example of what the network is given beside the sample, with a batch of one, such as a label;
+            None where it is given nothing.
+        forward: forward(x) or forward(x, condition) gives the outputs; `model` itself if None. x is (n, *shape), with
+            the elements' values; int64 tokens where `values` are int64. Outputs are the logits of every element:
+            (n, channels, levels, height, width), (n, channels * levels, height, width), (n, channels * levels, length)
+            or (n, elements, levels); another order is brought into one of these by `forward`.
+        values: (levels,), what x is for each level; 2 k / (levels - 1) - 1 if None.
+        logistics: outputs are instead the parameters of a discretized mixture of logistics for each pixel, (n, 10 * M,
+            height, width) for 3 channels and (n, 3 * M, height, width) for 1 (see `ops.sample_discretized_logistics`).
+        verify: compare outputs with those of the network on random samples, of which some differ from some element
+            on: those before it have to stay the same.
+
+    Elements are numbered in the order in which they are drawn: (row * width + column) * channels + channel.
+
+    Raises:
+        ConversionError: (a ValueError) for a network that is not causal, naming the output and the later element that
+            it depends on; for a module with an operation that is not supported, naming both; for outputs of another
+            shape; and where verification fails.
+    """
+    if not 1 <= len(shape) <= 3 or min(shape) < 1:
+        raise ValueError(f"shape is {tuple(shape)}, but expected 1 to 3 positive sizes")
+    if levels < 1:
+        raise ValueError(f"levels is {levels}, but expected at least 1")
+    if values is None:
+        values = torch.arange(levels).float() * (2 / max(levels - 1, 1)) - 1
+    if values.shape != (levels,):
+        raise ValueError(f"values has shape {tuple(values.shape)}, but expected ({levels},)")
+    if condition is not None and (condition.dim() == 0 or len(condition) != 1):
+        raise ValueError(f"condition has shape {tuple(condition.shape)}, but expected (1, ...): an example for one")
+    channels, height, width = (*(1,) * (3 - len(shape)), *shape) if len(shape) < 2 else (
+        shape[0], *(1,) * (3 - len(shape)), *shape[1:]
+    )  # fmt: skip
+    picture = Geometry(channels, height, width)
+    sequence = Geometry(1, 1, picture.length)
+    call = forward or model
+    parameter = next(iter([*model.parameters(), *model.buffers()]), torch.zeros(()))
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    own = values if values.dtype == torch.int64 else values.to(dtype)
+    example = own.to(parameter.device)[torch.arange(picture.length, device=parameter.device) % levels]
+    example = example.reshape(1, *shape)
+    whole = torch.arange(picture.length).view(channels, height, width)
+    converted = None
+    for geometry in (picture, sequence):
+        grid = whole if geometry is picture else whole.permute(1, 2, 0).reshape(1, 1, -1)
+        try:
+            traced = trace(model, call, example, condition, grid)
+            draws = _draws(traced, picture, geometry, levels, logistics)
+            break
+        except NotSeparable:
+            # A network that flattens the picture first, to read it as a sequence.
+            if geometry is sequence or geometry == sequence:
+                raise
+    sources = [draw.source for draw in draws]
+    fields = fuse(traced.network.fields, sources)
+    encoded = Encoder(Schedule(fields, draws, geometry), len(draws[0].source.channels), dtype).encode()
+    converted = Incremental(
+        encoded, traced.tape, tuple(shape), picture, values, None if condition is None else tuple(condition.shape[1:]),
+        levels if logistics else 0, parameter.device, dtype,
+    )  # fmt: skip
+    if verify:
+        _verify(model, call, converted, condition)
+    return converted
+
+
+def _draws(traced: Traced, picture: Geometry, geometry: Geometry, levels: int, logistics: bool) -> list[Draw]:
+    """Where the outputs for each channel of the sample are read."""
+    ids = _by_element(traced.output.ids, picture, levels, logistics)
+    grid = ids.view(geometry.height, geometry.width, geometry.channels, -1).permute(2, 3, 0, 1)
+    draws = []
+    for channel, outputs in enumerate(grid):
+        decoded = traced.network.decode(outputs)
+        if len(decoded) > 1 or decoded[0][1] is None:
+            draws.append(Draw(linear.joined(traced.network, [outputs]), channel))
+        else:
+            draws.append(Draw(decoded[0][1], channel))
+    return draws
+
+
+def _by_element(ids: Tensor, picture: Geometry, levels: int, logistics: bool) -> Tensor:
+    """Outputs of every element in the order of the elements: (elements, outputs)."""
+    channels, height, width = picture.channels, picture.height, picture.width
+    shape, sites = tuple(ids.shape), height * width
+    expected = "(1, elements, levels), (1, channels, levels, height, width) or (1, channels * levels, height, width)"
+    if logistics:
+        per_mixture = {1: 3, 3: 10}.get(channels)
+        if per_mixture is None:
+            raise ConversionError(f"the sample has {channels} channels, but a mixture of logistics is for 1 or 3")
+        flat = ids.reshape(shape[1], -1) if len(shape) >= 3 and shape[0] == 1 else ids
+        if flat.dim() == 2 and flat.shape[1] == sites and flat.shape[0] % per_mixture == 0:
+            return flat.T[:, None].expand(sites, channels, -1).reshape(picture.length, -1)
+        expected = f"(1, {per_mixture} * mixtures, height, width)"
+    elif shape == (1, picture.length, levels):
+        return ids[0]
+    elif len(shape) >= 3 and shape[0] == 1 and math.prod(shape) == picture.length * levels:
+        if shape[1] == channels * levels or shape[1:3] == (channels, levels):
+            return ids.reshape(channels, levels, sites).permute(2, 0, 1).reshape(picture.length, levels)
+        if shape[1:] == (levels, picture.length):
+            return ids[0].T
+    raise ConversionError(
+        f"the network's output has shape {shape} for one sample of {channels} channels, {height} rows, {width} "
+        f"columns and {levels} levels, but expected {expected}"
+    )
+
+
+@torch.no_grad()
+def _verify(model: nn.Module, call: Callable[..., Tensor], converted: Incremental, condition: Tensor | None) -> None:
+    """ConversionError unless the outputs are the network's own, and those before a change do not change."""
+    length = converted.length
+    generator = torch.Generator().manual_seed(0)
+    draw = functools.partial(torch.randint, converted.levels, (length,), generator=generator)
+    tokens, other = draw(), draw()
+    cuts = (length // 3, 2 * length // 3)
+    changed = [torch.where(torch.arange(length) < cut, tokens, other) for cut in cuts]
+    rows = torch.stack([tokens, *changed])
+    conditions = None if condition is None else condition.expand(len(rows), *condition.shape[1:])
+    with evaluation(model):
+        x = converted.pictures(rows)
+        outputs = call(x) if conditions is None else call(x, conditions)
+    logistics = converted.logistics > 0
+    expected = torch.stack([
+        _by_element(output[None], converted.geometry, converted.levels, logistics) for output in outputs.cpu()
+    ]).to(converted.dtype)  # fmt: skip
+    tolerance = 1e-5 * max(1.0, float(expected.nan_to_num(0, 0, 0).abs().max()))
+    for cut, row in zip(cuts, expected[1:], strict=True):
+        moved = (row[: cut + 1] - expected[0, : cut + 1]).abs().amax(1) > tolerance
+        if moved.any():
+            raise ConversionError(
+                f"the network is not causal: its outputs for element {int(moved.nonzero()[0])} change with the "
+                f"elements from {cut} on"
+            )
+    found = converted.logits(rows.to(x.device), condition=conditions).cpu()
+    worst = (found - expected).abs().amax((0, 2))
+    bad = ~(worst <= tolerance)
+    if bad.any():
+        element = int(bad.nonzero()[0])
+        raise ConversionError(
+            f"the converted network's outputs differ from the network's by {float(worst.max()):.2g}, first for element "
+            f"{element}: it computes something that depends on the values of its input"
+        )

@@ -1,0 +1,279 @@
+"""A converted network: draws, completes and scores samples, and goes step by step."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pygen.autoregressive.incremental.encoding import Encoded
+from pygen.autoregressive.incremental.schedule import Geometry
+from pygen.autoregressive.incremental.tracing import Tape
+from pygen.autoregressive.state import State
+from pygen.ops.incremental import incremental_advance
+
+Progress = Callable[[int, int], None]
+
+
+class Incremental:
+    """What `incremental(model)` returns. Tokens are int64 (n, length), levels in the order in which they are drawn.
+
+    length: elements of a sample. vocabulary: outputs of an element, `levels` of them or a mixture's parameters.
+    """
+
+    def __init__(
+        self, encoded: Encoded, tape: Tape, shape: tuple[int, ...], geometry: Geometry, values: Tensor,
+        condition_shape: tuple[int, ...] | None, logistics: int, device: torch.device, dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        self.program, self.fixed = encoded.program, encoded.fixed
+        self.weights = encoded.weights.to(device)
+        self.shape, self.geometry, self.logistics, self.device, self.dtype = shape, geometry, logistics, device, dtype
+        self.values = values.to(device)
+        self._condition_shape, self._tape = condition_shape, tape
+        self._known_conditions: dict[Any, Tensor] = {}
+
+    @property
+    def length(self) -> int:
+        return self.geometry.length
+
+    @property
+    def levels(self) -> int:
+        return len(self.values)
+
+    @property
+    def vocabulary(self) -> int:
+        return self.program.vocabulary
+
+    def pictures(self, tokens: Tensor) -> Tensor:
+        """(n, *shape) values of tokens (n, length)."""
+        g = self.geometry
+        levels = tokens.to(self.device).unflatten(1, (g.height, g.width, g.channels)).movedim(-1, 1)
+        values = self.values if self.values.dtype == torch.int64 else self.values.to(self.dtype)
+        return values[levels].reshape(-1, *self.shape)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """The tokens (n, length) of the nearest values to x (n, *shape)."""
+        if tuple(x.shape[1:]) != self.shape:
+            expected = ", ".join(map(str, self.shape))
+            raise ValueError(f"x has shape {tuple(x.shape)}, but expected (n, {expected})")
+        g = self.geometry
+        flat = x.to(self.device).reshape(-1, g.channels, g.height, g.width).movedim(1, -1).flatten(1)
+        order = self.values.argsort()
+        ascending = self.values[order].to(flat.dtype)
+        middles = (ascending[1:] + ascending[:-1]) / 2
+        return order[torch.bucketize(flat.contiguous(), middles)]
+
+    def sample(
+        self,
+        n: int,
+        *,
+        ids: Tensor | None = None,
+        condition: Tensor | None = None,
+        seed: int | Tensor = 0,
+        progress: Progress | None = None,
+        **filters: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw n samples: x (n, *shape), and log P of each in nats, (n,).
+
+        ids: int64 (n,), whose draws these are; 0 .. n - 1 if None. condition: (n, ...).
+        filters: temperature, top_k, top_p, min_p, typical_p and ties, as in `ops.sample_logits`.
+        progress: called with the number of elements drawn so far, and of all.
+
+        RuntimeError: the network gave something that is no distribution.
+        """
+        tokens = torch.zeros(n, self.length, dtype=torch.int64, device=self.device)
+        tokens, log_prob = self.fill(
+            tokens, ids=ids, condition=condition, seed=seed, progress=progress, **filters
+        )  # fmt: skip
+        return self.pictures(tokens), log_prob
+
+    def complete(self, x: Tensor, known: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        """Draw what is not known of x (n, *shape), each element given all before it; see `sample` for the options.
+
+        known: bool, broadcastable to x; True is kept. Returns x and log P of what was drawn.
+        """
+        kept, g = known.to(self.device).expand(x.shape), self.geometry
+        in_order = kept.reshape(-1, g.channels, g.height, g.width).movedim(1, -1).flatten(1)
+        tokens, log_prob = self.fill(self.tokens(x), in_order, **options)
+        return torch.where(kept, x.to(self.device), self.pictures(tokens)), log_prob
+
+    @torch.no_grad()
+    def fill(
+        self,
+        tokens: Tensor,
+        known: Tensor | None = None,
+        *,
+        ids: Tensor | None = None,
+        condition: Tensor | None = None,
+        seed: int | Tensor = 0,
+        progress: Progress | None = None,
+        **filters: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """As `complete`, on tokens (n, length); the tokens, and log P of those drawn."""
+        tokens = tokens.to(self.device, copy=True).contiguous()
+        n = len(tokens)
+        if known is not None:
+            if known.dtype != torch.bool:
+                raise TypeError(f"known has dtype {known.dtype}, but expected torch.bool")
+            known = known.to(self.device).expand(n, self.length).contiguous()
+        if ids is None:
+            ids = torch.arange(n, device=self.device)
+        log_prob = self._advance(
+            tokens, condition, "draw", known, ids=ids.to(self.device), seed=seed, progress=progress, **filters
+        )[0]  # fmt: skip
+        total = log_prob.double().sum(1)
+        broken = (tokens < 0).any(1)
+        if broken.any():
+            raise RuntimeError(
+                f"sample {int(ids.to(self.device)[broken][0])} met logits that are no distribution; the parameters are "
+                "not finite"
+            )
+        return tokens, total.to(self.dtype)
+
+    @torch.no_grad()
+    def log_prob(self, x: Tensor, *, condition: Tensor | None = None) -> Tensor:
+        """log P(x | condition) in nats, (n,), of the nearest samples to x (n, *shape)."""
+        log_prob, _ = self._advance(self.tokens(x), condition, "score", None)
+        return log_prob.double().sum(1).to(self.dtype)
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, *, condition: Tensor | None = None) -> Tensor:
+        """What each element would be drawn from, given those before it: (n, length, vocabulary)."""
+        return self._advance(tokens.to(self.device).contiguous(), condition, "follow", None, with_logits=True)[1]
+
+    def start(self, n: int, *, condition: Tensor | None = None) -> IncrementalState:
+        """A state of n samples that no token has been fed to."""
+        return IncrementalState(self, n, self.condition(condition, n))
+
+    def step(self, token: Tensor | None, state: IncrementalState) -> tuple[Tensor, IncrementalState]:
+        """Feed tokens, and get the logits of what comes after each; see `pygen.autoregressive.Stepper`."""
+        return state.advance(token), state
+
+    @torch.no_grad()
+    def condition(self, condition: Tensor | None, n: int) -> Tensor:
+        """What the network makes of conditions (n, ...): (n, program.conditions).
+
+        ValueError: there is one and the network takes none, or the other way round, or it has another shape.
+        """
+        made = torch.zeros(n, self.program.conditions, dtype=self.dtype, device=self.device)
+        if (condition is None) != (self._condition_shape is None):
+            raise ValueError(
+                "condition is None, but the network was converted with one" if condition is None else
+                "condition was given, but the network was converted without one"
+            )  # fmt: skip
+        if condition is None or self._condition_shape is None:
+            return made
+        if tuple(condition.shape) != (n, *self._condition_shape):
+            expected = ", ".join(map(str, (n, *self._condition_shape)))
+            raise ValueError(f"condition has shape {tuple(condition.shape)}, but expected ({expected})")
+        kinds, member = torch.unique(condition, dim=0, return_inverse=True)
+        rows = [self._one_condition(kind[None]) for kind in kinds]
+        return torch.stack(rows)[member] if rows else made
+
+    def _one_condition(self, condition: Tensor) -> Tensor:
+        """Of one sample; those of labels are kept, because there are few."""
+        key = tuple(condition.flatten().tolist()) if condition.dtype == torch.int64 else None
+        if key is not None and key in self._known_conditions:
+            return self._known_conditions[key]
+        values = self._tape.replay(condition.to(self.device))
+        made = torch.zeros(self.program.conditions, dtype=self.dtype)
+        for node, place in self.fixed:
+            grid = node.arrangement.to_grid(_squeezed(values[node.value], node.arrangement.shape).cpu())
+            stored = torch.zeros(*grid.shape[1:], place.stride, dtype=self.dtype)
+            stored[..., torch.from_numpy(place.position)] = grid.permute(1, 2, 0).to(self.dtype)
+            made[place.start : place.start + place.size] = stored.flatten()
+        made = made.to(self.device)
+        if key is not None:
+            self._known_conditions[key] = made
+        return made
+
+    def _advance(
+        self, tokens: Tensor, condition: Tensor | None, mode: str, known: Tensor | None, *, ids: Tensor | None = None,
+        seed: int | Tensor = 0, with_logits: bool = False, progress: Progress | None = None, **filters: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """All steps: log-probabilities (n, length) and logits; tokens are changed in place."""
+        n = len(tokens)
+        if tokens.shape != (n, self.length):
+            raise ValueError(f"tokens has shape {tuple(tokens.shape)}, but expected (n, {self.length})")
+        if ids is None:
+            ids = torch.zeros(n, dtype=torch.int64, device=self.device)
+        state = torch.zeros(n, self.program.state, dtype=self.dtype, device=self.device)
+        conditions = self.condition(condition, n)
+        cuts = [0, self.length]
+        if progress is not None:
+            part = max(self.geometry.row if self.geometry.height > 1 else 0, -(-self.length // 100))
+            cuts = [*range(0, self.length, part), self.length]
+        found = []
+        for begin, end in itertools.pairwise(cuts):
+            found.append(self.advance(
+                state, tokens, conditions, begin, end, mode, known=known, sample_ids=ids, seed=seed,
+                with_logits=with_logits, **filters,
+            ))  # fmt: skip
+            if progress is not None:
+                progress(end, self.length)
+        return torch.cat([each[0] for each in found], 1), torch.cat([each[1] for each in found], 1)
+
+    def advance(
+        self, state: Tensor, tokens: Tensor, conditions: Tensor, begin: int, end: int, mode: str, *, sample_ids: Tensor,
+        seed: int | Tensor = 0, **options: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Steps begin .. end of the program; see `ops.incremental_advance`."""
+        return incremental_advance(
+            state, tokens, self.weights, self.program, conditions, self.values.to(self.dtype), begin=begin, end=end,
+            mode=mode, logistics=self.logistics, sample_ids=sample_ids, seed=seed, **options,
+        )  # fmt: skip
+
+
+def _squeezed(value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A value of the tape in the shape of its field, where broadcasting gave it dimensions of one."""
+    return value.reshape(shape) if value.numel() == torch.Size(shape).numel() else value.expand(shape)
+
+
+class IncrementalState(State):
+    """The activations that later elements read, and the tokens that they came from.
+
+    Rows of activations are overwritten once nothing reads them, so tokens that are taken back are computed anew from
+    the first one on, to the same bits.
+    """
+
+    def __init__(self, converted: Incremental, rows: int, conditions: Tensor) -> None:
+        super().__init__(rows, converted.length)
+        self.converted, self.conditions = converted, conditions
+        self.numbers = torch.zeros(rows, converted.program.state, dtype=converted.dtype, device=converted.device)
+        self.tokens = torch.zeros(rows, converted.length, dtype=torch.int64, device=converted.device)
+        self._run = 0  # steps that have been run
+
+    def first(self) -> Tensor:
+        return self._until(1)[:, 0]
+
+    def feed(self, tokens: Tensor) -> Tensor:
+        end = self.position + tokens.shape[1]
+        self.tokens[:, self.position : end] = tokens
+        return self._until(end + 1, tokens.shape[1])
+
+    def select(self, index: Tensor) -> None:
+        index = index.to(self.converted.device)
+        self.numbers, self.tokens, self.conditions = (
+            each[index] for each in (self.numbers, self.tokens, self.conditions)
+        )  # fmt: skip
+
+    def forget(self, position: int) -> None:
+        if position < self.position:
+            self._run = 0
+
+    @torch.no_grad()
+    def _until(self, end: int, block: int = 1) -> Tensor:
+        """Run the steps before `end` that have not been run; the logits of the last `block` ones."""
+        begin = end - block
+        ids = torch.zeros(self.rows, dtype=torch.int64, device=self.converted.device)
+        for first, last, wanted in ((self._run, begin, False), (begin, end, True)):
+            if first < last:
+                _, logits = self.converted.advance(
+                    self.numbers, self.tokens, self.conditions, first, last, "follow", sample_ids=ids,
+                    with_logits=wanted,
+                )  # fmt: skip
+        self._run = end
+        return logits
