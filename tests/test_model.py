@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 
+import autoregressive_cases
+import flow_cases
 import pytest
 import torch
-from flow_cases import SMALL_RECIPES
 
 from pygen.model import Density, DensityUnavailable, GenerativeModel, Stage
 from pygen.workbench.families import FAMILIES, build
@@ -20,12 +21,13 @@ DENSITIES = {
     "autoregressive": Density.EXACT,
 }
 SHAPE, LEVELS, CLASSES = (1, 8, 8), 17, 10
+SMALL = {"flow": flow_cases.SMALL_RECIPES, "autoregressive": autoregressive_cases.SMALL_RECIPES}
 RECIPES = [(family, recipe) for family, recipes in FAMILIES.items() for recipe in recipes]
 
 
 def small(family: str, recipe: str, **config: object) -> GenerativeModel:
     torch.manual_seed(0)
-    return build(family, recipe, **(SMALL_RECIPES[recipe] if family == "flow" else {}), **config).eval()
+    return build(family, recipe, **SMALL.get(family, {}).get(recipe, {}), **config).eval()
 
 
 @pytest.fixture(params=RECIPES, ids="-".join, scope="module")

@@ -1,5 +1,39 @@
-"""Autoregressive models: exact densities by the chain rule, one element after another."""
+"""Autoregressive models: exact densities by the chain rule, one token after another."""
 
 from pygen.autoregressive.gated_pixelcnn import GatedPixelCNN, GatedPixelCNNConfig
+from pygen.autoregressive.made import MADEConfig, MaskedAutoencoder
+from pygen.autoregressive.model import AutoregressiveConfig, AutoregressiveModel
+from pygen.autoregressive.palette import fit_palette
+from pygen.autoregressive.pixelcnn import PixelCNN, PixelCNNConfig
+from pygen.autoregressive.pixelcnnpp import PixelCNNPP, PixelCNNPPConfig
+from pygen.autoregressive.pixelrnn import DiagonalBiLSTM, PixelRNNConfig, RowLSTM
+from pygen.autoregressive.pixelsnail import PixelSNAIL, PixelSNAILConfig
+from pygen.autoregressive.state import PrefixState, State, Stepper
+from pygen.autoregressive.token_transformer import TokenTransformer, TokenTransformerConfig
+from pygen.autoregressive.wavenet import WaveNet, WaveNetConfig
 
-__all__ = ["GatedPixelCNN", "GatedPixelCNNConfig"]
+__all__ = [
+    "AutoregressiveConfig",
+    "AutoregressiveModel",
+    "DiagonalBiLSTM",
+    "GatedPixelCNN",
+    "GatedPixelCNNConfig",
+    "MADEConfig",
+    "MaskedAutoencoder",
+    "PixelCNN",
+    "PixelCNNConfig",
+    "PixelCNNPP",
+    "PixelCNNPPConfig",
+    "PixelRNNConfig",
+    "PixelSNAIL",
+    "PixelSNAILConfig",
+    "PrefixState",
+    "RowLSTM",
+    "State",
+    "Stepper",
+    "TokenTransformer",
+    "TokenTransformerConfig",
+    "WaveNet",
+    "WaveNetConfig",
+    "fit_palette",
+]

@@ -76,7 +76,7 @@ FAMILIES: dict[str, dict[str, Recipe]] = {
             model="Glow",
             config="GlowConfig",
             training=TrainingConfig(steps=1200, batch_size=64, learning_rate=3e-3, betas=(0.9, 0.999), warmup=50),
-            changes={"scales": 2, "steps": 8, "width": 64, "margin": 0.05},
+            changes={"scales": 2, "steps": 8, "width": 64, "labels": "steps", "margin": 0.05},
         ),
         "maf": Recipe(
             module="pygen.flows",
@@ -144,6 +144,66 @@ FAMILIES: dict[str, dict[str, Recipe]] = {
             model="GatedPixelCNN",
             config="GatedPixelCNNConfig",
             training=TrainingConfig(steps=900, batch_size=64, learning_rate=3e-3, betas=(0.9, 0.999), warmup=50),
+        ),
+        "pixelcnn": Recipe(
+            module="pygen.autoregressive",
+            model="PixelCNN",
+            config="PixelCNNConfig",
+            training=TrainingConfig(steps=1200, batch_size=64, learning_rate=3e-3, betas=(0.9, 0.999), warmup=50),
+            changes={"layers": 5, "width": 30, "head": 60, "first_kernel_size": 5, "dropout": 0.1},
+        ),
+        "row-lstm": Recipe(
+            module="pygen.autoregressive",
+            model="RowLSTM",
+            config="PixelRNNConfig",
+            training=TrainingConfig(steps=600, batch_size=64, learning_rate=4e-3, betas=(0.9, 0.999), warmup=50),
+            changes={"layers": 3, "width": 24, "head": 60, "first_kernel_size": 5, "dropout": 0.1},
+        ),
+        "diagonal-bilstm": Recipe(
+            module="pygen.autoregressive",
+            model="DiagonalBiLSTM",
+            config="PixelRNNConfig",
+            training=TrainingConfig(steps=500, batch_size=64, learning_rate=4e-3, betas=(0.9, 0.999), warmup=50),
+            changes={"layers": 2, "width": 24, "head": 60, "first_kernel_size": 5, "dropout": 0.1},
+        ),
+        "pixelcnn++": Recipe(
+            module="pygen.autoregressive",
+            model="PixelCNNPP",
+            config="PixelCNNPPConfig",
+            training=TrainingConfig(steps=500, batch_size=64, learning_rate=3e-3, betas=(0.9, 0.999), warmup=50),
+            changes={"resolutions": 2, "blocks": 1, "width": 24, "mixtures": 5, "dropout": 0.1},
+        ),
+        "pixelsnail": Recipe(
+            module="pygen.autoregressive",
+            model="PixelSNAIL",
+            config="PixelSNAILConfig",
+            training=TrainingConfig(steps=500, batch_size=64, learning_rate=3e-3, betas=(0.9, 0.999), warmup=50),
+            changes={"blocks": 2, "layers": 2, "width": 24, "keys": 8, "values": 24, "mixtures": 5, "dropout": 0.1},
+        ),
+        "wavenet": Recipe(
+            module="pygen.autoregressive",
+            model="WaveNet",
+            config="WaveNetConfig",
+            training=TrainingConfig(steps=1200, batch_size=64, learning_rate=3e-3, betas=(0.9, 0.999), warmup=50),
+            changes={"layers": 5, "stacks": 2, "width": 24, "skip": 60},
+        ),
+        "made": Recipe(
+            module="pygen.autoregressive",
+            model="MaskedAutoencoder",
+            config="MADEConfig",
+            training=TrainingConfig(
+                steps=900, batch_size=64, learning_rate=2e-3, betas=(0.9, 0.99), weight_decay=1.0, warmup=50
+            ),
+            changes={"width": 200},
+        ),
+        "transformer": Recipe(
+            module="pygen.autoregressive",
+            model="TokenTransformer",
+            config="TokenTransformerConfig",
+            training=TrainingConfig(
+                steps=500, batch_size=64, learning_rate=3e-3, betas=(0.9, 0.95), weight_decay=0.1, warmup=50
+            ),
+            changes={"layers": 3, "width": 64, "heads": 4, "dropout": 0.2},
         ),
     },
 }

@@ -1,0 +1,370 @@
+"""What the autoregressive models share: p(x) = prod_i p(t_i | t_0 .. t_{i-1}) over the tokens of a picture in raster
+order, trained and evaluated in one pass over all tokens, and sampled token by token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pygen import ops
+from pygen.autoregressive.progress import Progress, Target
+from pygen.autoregressive.state import AnyState, PrefixState, State
+from pygen.model import Density, GenerativeModel, ModelConfig, Stage, refuse_steps
+from pygen.ops.noise import TOKEN_STREAM, philox_uniform_reference, signed_seed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AutoregressiveConfig(ModelConfig):
+    """What every autoregressive model needs to know of its data: see `ModelConfig`."""
+
+    def require_odd(self, *names: str) -> None:
+        """ValueError where one of these fields is no odd number from 3."""
+        for name in names:
+            value = getattr(self, name)
+            if value < 3 or value % 2 == 0:
+                raise ValueError(f"{name} is {value}, but expected an odd number from 3")
+
+    def require_colours(self, *names: str) -> None:
+        """ValueError where one of these fields is no positive multiple of the picture's channels."""
+        for name in names:
+            value = getattr(self, name)
+            if value < 1 or value % self.shape[0]:
+                raise ValueError(f"{name} is {value}, but expected a positive multiple of the {self.shape[0]} channels")
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn; see `AutoregressiveModel.sample`."""
+
+    ids: Tensor
+    condition: Tensor | None
+    seed: int
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    guidance: float | None = None
+
+    def draw(self, logits: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        """Token number `position` of each sample, int64 (n,), and its log-probability (n,), from logits (n,
+        vocabulary); see `ops.sample_logits`."""
+        return ops.sample_logits(
+            logits, seed=self.seed, sample_ids=self.ids, position=position, temperature=self.temperature,
+            top_k=self.top_k, top_p=self.top_p,
+        )  # fmt: skip
+
+
+class AutoregressiveModel(GenerativeModel):
+    """An exact probability of discrete pictures, and samples token by token.
+
+    A token is an element of the picture, a grey level of one colour of one pixel, unless a model says otherwise. Tokens
+    are numbered in the order in which they are drawn: i = (row * width + column) * channels + channel.
+
+    A recipe defines `forward`, or `logits` where the network's output has another layout; and where it has a cache,
+    `start`.
+    """
+
+    density = Density.EXACT
+    config: AutoregressiveConfig
+
+    @property
+    def length(self) -> int:
+        """Tokens of a picture."""
+        return self.config.dimensions
+
+    @property
+    def vocabulary(self) -> int:
+        """Values that a token can have."""
+        return self.config.levels
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """The network: (n, channels * levels, height, width), the logits of the levels of each colour side by side.
+
+        x: (n, channels, height, width), quantized, in [-1, 1]. condition: int64 (n,) labels, or None.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define forward")
+
+    def logits(self, x: Tensor, *, condition: Tensor | None = None) -> Tensor:
+        """(n, length, vocabulary) unnormalized log-probabilities of each token given those before it, all at once."""
+        x = self.check_pictures(x)
+        out = self(x, self.check_condition(condition, len(x)))
+        by_colour: Tensor = out.unflatten(1, (self.config.shape[0], -1))
+        return by_colour.permute(0, 3, 4, 1, 2).flatten(1, 3)
+
+    def token_logits(self, tokens: Tensor, *, condition: Tensor | None = None) -> Tensor:
+        """`logits` of the picture of int64 tokens (n, length)."""
+        return self.logits(self.pictures(tokens), condition=condition)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """The tokens of pictures (n, channels, height, width) in [-1, 1], int64 (n, length)."""
+        return self.quantize(x).movedim(1, -1).flatten(1)
+
+    def lay_out(self, values: Tensor) -> Tensor:
+        """One number for each token, (n, length), as pictures (n, channels, height, width)."""
+        colours, height, width = self.config.shape
+        return torch.unflatten(values, 1, (height, width, colours)).movedim(-1, 1).contiguous()
+
+    def pictures(self, tokens: Tensor) -> Tensor:
+        """The pictures (n, channels, height, width) in [-1, 1] of int64 tokens (n, length)."""
+        return self.dequantize(self.lay_out(tokens)).to(next(self.parameters()).dtype)
+
+    def loss(self, x: Tensor, *, player: str = "model", condition: Tensor | None = None) -> Tensor:
+        """The mean negative log-likelihood in nats per token."""
+        self.check_player(player)
+        return -self.log_prob(x, condition=condition).mean() / self.length
+
+    def log_prob(
+        self, x: Tensor, *, condition: Tensor | None = None, ids: Tensor | None = None, seed: int = 0
+    ) -> Tensor:
+        """log P(x | condition) in nats, (n,); exact, so `ids` and `seed` change nothing. See `GenerativeModel`."""
+        return self.token_log_prob(self.tokens(self.check_pictures(x)), condition=condition)
+
+    def token_log_prob(self, tokens: Tensor, *, condition: Tensor | None = None) -> Tensor:
+        """log P(tokens | condition) in nats, (n,), of int64 tokens (n, length)."""
+        return sequence_log_prob(self.token_logits(tokens, condition=condition), tokens)
+
+    def start(
+        self, n: int, *, condition: Tensor | None = None, guidance: float | None = None, length: int | None = None
+    ) -> State:
+        """A state of n rows that no token has been fed to.
+
+        condition: int64 (n,) labels, for a conditional model.
+        guidance: w >= 0, for logits c + w (c - u) with c those of the label and u those without one, each normalized
+            (Ho & Salimans 2022, arXiv:2207.12598, eq. 6); only of models that are trained with labels withheld, whose
+            configuration says what None is.
+        length: tokens of a sample, where that is not the model's own to say.
+
+        ValueError: n is negative, labels that do not fit, guidance that the model has not learned, or another length
+        than the model's.
+        """
+        self.check_start(n, guidance, length)
+        return PrefixState(self, n, self.check_condition(condition, n))
+
+    def check_start(self, n: int, guidance: float | None, length: int | None) -> None:
+        """ValueError for a start that a model without guidance and of one length cannot make."""
+        if n < 0:
+            raise ValueError(f"n is {n}, but expected a number of samples that is not negative")
+        if guidance:
+            raise ValueError(
+                f"guidance is {guidance}, but expected 0: {type(self).__name__} never saw a picture without its label"
+            )
+        if length not in (None, self.length):
+            raise ValueError(f"length is {length}, but expected {self.length}, the tokens of a picture")
+
+    @torch.no_grad()
+    def step(self, token: Tensor | None, state: AnyState) -> tuple[Tensor, AnyState]:
+        """Feed tokens, and get the logits of what comes after each; the state is changed in place, and returned.
+
+        In `eval()`: dropout would differ from token to token.
+
+        token: int64 (rows,), or (rows, block) for several at once; None, at position 0, for the logits of the first.
+
+        Returns logits (rows, vocabulary), or (rows, block, vocabulary).
+
+        TypeError: token is not int64. ValueError: it has another shape, or goes beyond the last but one token; or it is
+        None, but tokens have been fed.
+        """
+        return state.advance(token), state
+
+    def sample(
+        self,
+        n: int,
+        *,
+        ids: Tensor | None = None,
+        condition: Tensor | None = None,
+        seed: int = 0,
+        steps: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance: float | None = None,
+        progress: Target = False,
+    ) -> Tensor:
+        """Draw n pictures, (n, channels, height, width) in [-1, 1]; see `GenerativeModel.sample`.
+
+        temperature, top_k, top_p: of each token's distribution, as in `ops.sample_logits`.
+        guidance: as in `start`.
+        progress: True for a line on stderr, or a function called with how many tokens are drawn, of how many.
+
+        RuntimeError: logits are NaN or infinite, which those of finite parameters are not.
+        """
+        refuse_steps(self, steps)
+        return self.sample_with_log_prob(
+            n, ids=ids, condition=condition, seed=seed, temperature=temperature, top_k=top_k, top_p=top_p,
+            guidance=guidance, progress=progress,
+        )[0]  # fmt: skip
+
+    @torch.no_grad()
+    def sample_with_log_prob(
+        self,
+        n: int,
+        *,
+        ids: Tensor | None = None,
+        condition: Tensor | None = None,
+        seed: int = 0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance: float | None = None,
+        progress: Target = False,
+    ) -> tuple[Tensor, Tensor]:
+        """`sample`, and the log-probability in nats with which each picture was drawn, (n,), gathered while drawing:
+        its `log_prob`, unless temperature, filters or guidance changed the distribution."""
+        tokens, log_prob = self.sample_tokens(
+            n, ids=ids, condition=condition, seed=seed, temperature=temperature, top_k=top_k, top_p=top_p,
+            guidance=guidance, progress=progress,
+        )  # fmt: skip
+        return self.pictures(tokens), log_prob
+
+    @torch.no_grad()
+    def sample_tokens(
+        self,
+        n: int,
+        *,
+        length: int | None = None,
+        ids: Tensor | None = None,
+        condition: Tensor | None = None,
+        seed: int = 0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance: float | None = None,
+        progress: Target = False,
+    ) -> tuple[Tensor, Tensor]:
+        """The tokens of `sample`, int64 (n, length), and the log-probability (n,) with which each row was drawn.
+
+        length: as in `start`. The others are as for `sample`.
+        """
+        ids = self.resolve_ids(n, ids)
+        how = Sampling(ids, self.resolve_condition(ids, condition), seed, temperature, top_k, top_p, guidance)
+        length = self.length if length is None else length
+        tokens = torch.zeros(n, length, dtype=torch.int64, device=ids.device)
+        return tokens, self.fill(tokens, None, how, progress)
+
+    @torch.no_grad()
+    def complete(
+        self,
+        x: Tensor,
+        known: Tensor,
+        *,
+        ids: Tensor | None = None,
+        condition: Tensor | None = None,
+        seed: int = 0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance: float | None = None,
+        progress: Target = False,
+    ) -> Tensor:
+        """Draw the rest of half-given pictures, in raster order, each token given all before it.
+
+        What is known but comes later in raster order has no influence on what is drawn before it. The rest is what
+        `sample` would draw, under the same seed and number, had it drawn what is known.
+
+        x: (n, channels, height, width) in [-1, 1]. known: bool, broadcastable to x; True is kept, rounded to the
+            levels. The others are as for `sample`.
+        """
+        x = self.check_pictures(x)
+        if known.dtype != torch.bool:
+            raise TypeError(f"known has dtype {known.dtype}, but expected torch.bool")
+        try:
+            known = known.to(x.device).expand(x.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"known has shape {tuple(known.shape)}, but expected one that broadcasts to {tuple(x.shape)}"
+            ) from None
+        ids = self.resolve_ids(len(x), ids)
+        how = Sampling(ids, self.resolve_condition(ids, condition), seed, temperature, top_k, top_p, guidance)
+        tokens = self.tokens(x)
+        self.fill(tokens, self.known_tokens(known), how, progress)
+        return torch.where(known, self.dequantize(self.quantize(x)).to(x.dtype), self.pictures(tokens))
+
+    @torch.no_grad()
+    def trajectory(
+        self,
+        n: int,
+        *,
+        ids: Tensor | None = None,
+        condition: Tensor | None = None,
+        seed: int = 0,
+        steps: int | None = None,
+    ) -> list[Stage]:
+        """Z, the picture after each pixel, X. Z holds the uniform numbers that the tokens are drawn with, as 2 u - 1;
+        each pixel in turn changes from its number in Z to its value in X."""
+        refuse_steps(self, steps)
+        ids = self.resolve_ids(n, ids)
+        how = Sampling(ids, self.resolve_condition(ids, condition), seed)
+        _, height, width = self.config.shape
+        z = self._uniforms(ids, seed)
+        tokens = torch.zeros(n, self.length, dtype=torch.int64, device=ids.device)
+        drawn = torch.zeros_like(tokens, dtype=torch.bool)
+        per_pixel = self.length // (height * width)
+        stages = [Stage("Z", z)]
+
+        def show(done: int, _: int) -> None:
+            drawn[:, :done] = True
+            pixel = done // per_pixel - 1
+            if done % per_pixel == 0:
+                values = torch.where(self.lay_out(drawn), self.pictures(tokens), z)
+                stages.append(Stage(f"row {pixel // width + 1}, column {pixel % width + 1}", values))
+
+        self.fill(tokens, None, how, show)
+        return [*stages[:-1], Stage("X", stages[-1].values)]
+
+    def network_passes(self, steps: int | None = None) -> int:
+        """One for each token, though with a cache every pass is over one token alone."""
+        return self.length
+
+    def known_tokens(self, known: Tensor) -> Tensor:
+        """Which tokens are known, bool (n, length), where it is known which elements are, bool (n, channels, height,
+        width)."""
+        return known.movedim(1, -1).flatten(1)
+
+    def fill(self, tokens: Tensor, known: Tensor | None, how: Sampling, progress: Target) -> Tensor:
+        """Draw into `tokens` (n, length), in place, what is not `known`, bool (n, length); the log-probabilities of
+        what was drawn, (n,). RuntimeError where logits were no distribution."""
+        with Progress(progress, tokens.shape[1]) as report:
+            total = self._draw_tokens(tokens, known, how, report)
+        broken = total.isnan()
+        if broken.any():
+            raise RuntimeError(
+                f"sample {int(how.ids[broken][0])} met logits that are no distribution; the parameters are not finite"
+            )
+        return total.to(next(self.parameters()).dtype)
+
+    def _draw_tokens(
+        self, tokens: Tensor, known: Tensor | None, how: Sampling, report: Callable[[int], None]
+    ) -> Tensor:
+        """`fill`, step by step; NaN marks the rows whose logits were no distribution."""
+        total = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
+        # Tokens that every sample knows are fed as blocks.
+        length = tokens.shape[1]
+        given = [False] * length if known is None else known.all(0).tolist()
+        state = self.start(len(tokens), condition=how.condition, guidance=how.guidance, length=length)
+        for position in range(length):
+            if not given[position]:
+                logits, state = self.step(tokens[:, state.position : position] if position else None, state)
+                token, log_prob = how.draw(logits[:, -1] if position else logits, position)
+                total += log_prob if known is None else torch.where(known[:, position], 0.0, log_prob)
+                # A row without a distribution goes on with some token, and is reported at the end.
+                token = token.clamp_min(0)
+                tokens[:, position] = token if known is None else token.where(~known[:, position], tokens[:, position])
+            report(position + 1)
+        return total
+
+    def _uniforms(self, ids: Tensor, seed: int) -> Tensor:
+        """2 u - 1 of the numbers u that `ops.sample_logits` draws with, laid out as pictures."""
+        position = torch.arange(self.length, device=ids.device)
+        seeds = ids.new_tensor(signed_seed(seed))
+        u = philox_uniform_reference(seeds, ids[:, None], TOKEN_STREAM, position, ids.new_tensor(0))
+        return (2 * self.lay_out(u) - 1).to(next(self.parameters()).dtype)
+
+
+def sequence_log_prob(logits: Tensor, tokens: Tensor) -> Tensor:
+    """log P in nats, (n,), of int64 tokens (n, length) under logits (n, length, vocabulary)."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return -F.cross_entropy(wide.transpose(1, 2), tokens, reduction="none").sum(1)
