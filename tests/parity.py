@@ -56,10 +56,15 @@ def compare(
     x: Tensor,
     *more: Tensor | None,
     tolerance: float = 1e-8,
+    undo: str | None = None,
 ) -> None:
-    """Hold a layer of float64 against itself with the drop-in in use: `use(layer)` returns the handle."""
+    """Hold a layer of float64 against itself with the drop-in in use: `use(layer)` returns the handle.
 
-    def of(dtype: torch.dtype, with_drop_in: bool, noise: float = 0.0) -> list[Tensor]:
+    undo: the method that undoes this one, where the drop-in makes gradients of the result: what the result's rounding
+        makes of them counts then, too.
+    """
+
+    def of(dtype: torch.dtype, with_drop_in: bool, noise: float = 0.0, x: Tensor = x) -> list[Tensor]:
         copied = copy.deepcopy(layer)
         tensors = [None if tensor is None else tensor.clone() for tensor in (x, *more)]
         if noise:
@@ -77,6 +82,12 @@ def compare(
     exact = of(torch.float64, False)
     assert_same(of(torch.float64, True), exact, tolerance=tolerance)
     inexact = [of(torch.float32, False), *(of(torch.float64, False, EPSILON) for _ in range(2))]
+    if undo is not None:
+        for _ in range(2):
+            with torch.no_grad():
+                y = exact[0] * (1 + EPSILON * torch.randn_like(exact[0]))
+                moved = getattr(copy.deepcopy(layer), undo)(y, *more)[0]
+            inexact.append(of(torch.float64, False, x=moved))
     for position, (mine, true, *others) in enumerate(zip(of(torch.float32, True), exact, *inexact, strict=True)):
         size = max(1.0, error(true, torch.zeros(())))
         allowed = 3 * max(error(other, true) for other in others) + ROUNDINGS * size

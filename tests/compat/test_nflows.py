@@ -129,7 +129,9 @@ def test_spline_coupling(use, method, spline, rows, features, bins, tails, bound
         COUPLINGS[spline](
             a_mask(features, split), a_net(net, None), num_bins=bins, tails=tails, tail_bound=bound,
             apply_unconditional_transform=alone,
-        )
+        ),
+        # In float32 pygen gives each bin of a linear spline 1e-14 of the height at least: 0.5 makes bins of less.
+        0.3 if spline == "linear" else 0.5,
     )  # fmt: skip
     x = inputs_for((rows, features), tails, bound)
     with warnings.catch_warnings():
@@ -137,11 +139,13 @@ def test_spline_coupling(use, method, spline, rows, features, bins, tails, bound
         compare_spline(layer, use, method, spline, x)
 
 
-def compare_spline(layer: nn.Module, use: str, method: str, spline: str, x: Tensor, *more: Tensor | None) -> None:
+def compare_spline(
+    layer: nn.Module, use: str, method: str, spline: str, x: Tensor, *more: Tensor | None, undo: str | None = None
+) -> None:
     if method == "inverse" and spline in ROUGH:
         inverts(layer, USES[use], x, *more, tolerance=ROUGH[spline])
     else:
-        compare(layer, USES[use], method, x, *more)
+        compare(layer, USES[use], method, x, *more, undo=undo)
 
 
 def inverts(
@@ -224,7 +228,9 @@ def test_autoregressive(
         else inputs_for((rows, features), tails, 2.0)
     )
     context = torch.randn(rows, 3, dtype=torch.float64) if with_context else None
-    compare_spline(layer, use, method, spline, x, context)
+    # In its inverse direction x is swept for, and its gradient is made of x.
+    undo = "forward" if method == "inverse" and spline == "rational quadratic" else None
+    compare_spline(layer, use, method, spline, x, context, undo=undo)
 
 
 @given(use=uses, method=methods, rows=sizes, features=sizes, seed=seeds)
