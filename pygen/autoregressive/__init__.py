@@ -1,5 +1,8 @@
 """Autoregressive models: exact densities by the chain rule, one token after another."""
 
+from pygen.autoregressive.blockwise import BlockwiseHeads, BlockwiseModel, blockwise_sample
+from pygen.autoregressive.fixed_point import fixed_point_sample
+from pygen.autoregressive.frontier import Samples
 from pygen.autoregressive.gated_pixelcnn import GatedPixelCNN, GatedPixelCNNConfig
 from pygen.autoregressive.made import MADEConfig, MaskedAutoencoder
 from pygen.autoregressive.model import AutoregressiveConfig, AutoregressiveModel
@@ -8,6 +11,7 @@ from pygen.autoregressive.pixelcnn import PixelCNN, PixelCNNConfig
 from pygen.autoregressive.pixelcnnpp import PixelCNNPP, PixelCNNPPConfig
 from pygen.autoregressive.pixelrnn import DiagonalBiLSTM, PixelRNNConfig, RowLSTM
 from pygen.autoregressive.pixelsnail import PixelSNAIL, PixelSNAILConfig
+from pygen.autoregressive.speculative import speculative_sample
 from pygen.autoregressive.state import PrefixState, State, Stepper
 from pygen.autoregressive.token_transformer import TokenTransformer, TokenTransformerConfig
 from pygen.autoregressive.wavenet import WaveNet, WaveNetConfig
@@ -15,6 +19,8 @@ from pygen.autoregressive.wavenet import WaveNet, WaveNetConfig
 __all__ = [
     "AutoregressiveConfig",
     "AutoregressiveModel",
+    "BlockwiseHeads",
+    "BlockwiseModel",
     "DiagonalBiLSTM",
     "GatedPixelCNN",
     "GatedPixelCNNConfig",
@@ -29,11 +35,15 @@ __all__ = [
     "PixelSNAILConfig",
     "PrefixState",
     "RowLSTM",
+    "Samples",
     "State",
     "Stepper",
     "TokenTransformer",
     "TokenTransformerConfig",
     "WaveNet",
     "WaveNetConfig",
+    "blockwise_sample",
     "fit_palette",
+    "fixed_point_sample",
+    "speculative_sample",
 ]

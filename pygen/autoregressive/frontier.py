@@ -1,8 +1,8 @@
 """Samples side by side that are known up to different places, and the passes of a model that carry them on.
 
-What several-tokens-at-once methods share: a block of tokens, some of them guesses, is fed to the model in one pass, and
-its logits say how far each sample is right. A token's draw is addressed by (seed, sample id, position), so what a pass
-repeats of the known tokens changes nothing, and a sample does not depend on its batch.
+What the ways to several tokens at once share: a block of tokens, some of them guesses, is fed to the model in one pass,
+and its logits say how far each sample is right. A token's draw is addressed by (seed, sample id, position), so what a
+pass repeats of the known tokens changes nothing, and a sample does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pygen import ops
 from pygen.autoregressive.state import State, Stepper
@@ -30,6 +30,41 @@ class Samples:
     log_prob: Tensor
     passes: int
     draft_passes: int = 0
+
+
+class Reader:
+    """A model's logits of any run of elements, from a state that is cropped to where the run begins."""
+
+    def __init__(self, model: Stepper, n: int, condition: Tensor | None) -> None:
+        self.model = model
+        self.state: State = model.start(n, condition=condition)
+        self.passes = 0
+
+    def read(self, tokens: Tensor, first: int, end: int) -> Tensor:
+        """The logits (n, end - first, vocabulary) of the elements first .. end - 1, each given all tokens before it.
+
+        tokens: (n, length), the same up to number first - 2 as whenever these were read.
+        """
+        logits = []
+        if first == 0:
+            self.state.crop(0)
+            logits.append(self._step(None)[:, None])
+        begin = min(self.state.position, max(first - 1, 0))
+        if end > begin + 1:
+            self.state.crop(begin)
+            logits.append(self._step(tokens[:, begin : end - 1])[:, max(first, 1) - 1 - begin :])
+        return torch.cat(logits, dim=1)
+
+    def _step(self, tokens: Tensor | None) -> Tensor:
+        self.passes += 1
+        logits, self.state = self.model.step(tokens, self.state)
+        return logits
+
+
+def device_of(model: Stepper) -> torch.device:
+    """Where a model's parameters live; the CPU for one without any."""
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    return torch.device("cpu") if parameter is None else parameter.device
 
 
 class Frontier:
@@ -55,7 +90,6 @@ class Frontier:
         self.tokens = torch.zeros(n, length, dtype=torch.int64, device=device)
         self.done = torch.full((n,), given, device=device)
         self.log_prob = torch.zeros(n, dtype=torch.float64, device=device)
-        self.passes = 0
         if prefix is not None:
             self.tokens[:, :given] = prefix
 
@@ -68,20 +102,6 @@ class Frontier:
         """The numbers of the elements first .. end - 1, (end - first,)."""
         return torch.arange(first, end, device=self.tokens.device)
 
-    def feed(self, model: Stepper, state: State, first: int, end: int, tokens: Tensor | None = None) -> Tensor:
-        """The logits (n, end - first, vocabulary) of the elements first .. end - 1, each given all tokens before it.
-
-        state: has been fed the tokens up to element first - 2 at least, and after this up to end - 2.
-        tokens: (n, length), those to feed; the frontier's own by default.
-        """
-        tokens = self.tokens if tokens is None else tokens
-        state.crop(max(first - 1, 0))
-        if first > 0:
-            return model.step(tokens[:, first - 1 : end - 1], state)[0]
-        logits, _ = model.step(None, state)
-        rest, _ = model.step(tokens[:, : end - 1], state)
-        return torch.cat((logits[:, None], rest), dim=1)
-
     def draw(self, logits: Tensor, first: int, seed: int, filters: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Tokens int64 (n, b) of the elements first .. first + b - 1 and their log-probabilities (n, b), from logits
         (n, b, vocabulary)."""
@@ -91,6 +111,10 @@ class Frontier:
             position=self.places(first, first + b).repeat(n), **filters,
         )  # fmt: skip
         return token.view(n, b), log_prob.view(n, b)
+
+    def draw_at(self, logits: Tensor, place: Tensor, seed: int, filters: dict[str, Any]) -> Tensor:
+        """Tokens int64 (n,) of the elements place[i], from logits (n, vocabulary)."""
+        return ops.sample_logits(logits, seed=seed, sample_ids=self.ids, position=place, **filters)[0]
 
     def verify(self, logits: Tensor, first: int, seed: int, filters: dict[str, Any]) -> Tensor:
         """Draw the elements first .. first + b - 1 from logits (n, b, vocabulary), and know those whose guesses before
@@ -119,8 +143,8 @@ class Frontier:
         self.log_prob += torch.where(new, log_prob.double(), 0.0).sum(1)
         self.done = self.done + counts
 
-    def finish(self, draft_passes: int = 0) -> Samples:
-        return Samples(self.tokens, self.log_prob, self.passes, draft_passes)
+    def finish(self, passes: int, draft_passes: int = 0) -> Samples:
+        return Samples(self.tokens, self.log_prob, passes, draft_passes)
 
     def _know(self, drawn: Tensor, log_prob: Tensor, new: Tensor, first: int) -> None:
         self._check(drawn, new)
