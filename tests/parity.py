@@ -83,9 +83,10 @@ def compare(
     assert_same(of(torch.float64, True), exact, tolerance=tolerance)
     inexact = [of(torch.float32, False), *(of(torch.float64, False, EPSILON) for _ in range(2))]
     if undo is not None:
-        for _ in range(2):
+        for _ in range(5):
             with torch.no_grad():
-                y = exact[0] * (1 + EPSILON * torch.randn_like(exact[0]))
+                # Of the result, and of what it is held against, such as a spline's knot.
+                y = exact[0] * (1 + 2 * EPSILON * torch.randn_like(exact[0]))
                 moved = getattr(copy.deepcopy(layer), undo)(y, *more)[0]
             inexact.append(of(torch.float64, False, x=moved))
     for position, (mine, true, *others) in enumerate(zip(of(torch.float32, True), exact, *inexact, strict=True)):
