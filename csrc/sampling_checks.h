@@ -59,9 +59,9 @@ struct Sources {
         penalized(filters.repetition_penalty != 1 && history.columns > 0),
         masked(mask.has_value()) {}
 
-  bool plain() const { return !guided && !penalized && !masked; }
+  PYGEN_INLINE bool plain() const { return !guided && !penalized && !masked; }
   // The normalization cancels in a distribution, but not where the sign of a score counts.
-  bool normalized() const { return guided && penalized; }
+  PYGEN_INLINE bool normalized() const { return guided && penalized; }
 };
 
 inline void check_logits(const Tensor& logits) {
