@@ -74,6 +74,17 @@ struct Layout {
   int64_t pages_stride[2];
   int64_t page_count;
   int page_shift;  // a page holds 2^shift tokens
+
+  PYGEN_INLINE int64_t page_size() const { return int64_t{1} << page_shift; }
+  // The place behind the sinks of a position past the capacity.
+  PYGEN_INLINE int64_t turned(int64_t position) const {
+    return static_cast<uint32_t>(position - sinks) % static_cast<uint32_t>(capacity - sinks);
+  }
+  // How many positions from this one on lie in neighbouring places.
+  PYGEN_INLINE int64_t run(int64_t position) const {
+    if (pages) return page_size() - (position & (page_size() - 1));
+    return position < capacity ? capacity - position : capacity - sinks - turned(position);
+  }
 };
 
 // The places of one head of one sequence.
@@ -94,11 +105,10 @@ struct Places {
   PYGEN_INLINE T* at(int64_t position) const {
     if (pages) {
       const int64_t page = pages[(position >> layout.page_shift) * layout.pages_stride[1]];
-      return data + page * page_stride + (position & ((int64_t{1} << layout.page_shift) - 1)) * stride;
+      return data + page * page_stride + (position & (layout.page_size() - 1)) * stride;
     }
     if (position < layout.capacity) return data + position * stride;
-    const auto turn = static_cast<uint32_t>(layout.capacity - layout.sinks);
-    return data + (layout.sinks + static_cast<uint32_t>(position - layout.sinks) % turn) * stride;
+    return data + (layout.sinks + layout.turned(position)) * stride;
   }
 };
 
@@ -241,12 +251,11 @@ PYGEN_INLINE void encode(float x, float scale, Float8* code) {
 
 PYGEN_INLINE float decode(int8_t code) { return static_cast<float>(code); }
 
+// Codes that PyTorch reads as NaN count as 480: a row that is not finite has a scale of NaN and finite codes.
 PYGEN_INLINE float decode(Float8 code) {
-  const uint32_t magnitude = code.bits & 0x7fu;
   // 2^120 moves the exponent's bias from 7 to 127, denormals included.
-  const float finite = scalar::float_of(magnitude << 20) * 0x1p120f;
-  const uint32_t value = magnitude == 0x7f ? 0x7fc00000u : scalar::bits_of(finite);
-  return scalar::float_of(value | static_cast<uint32_t>(code.bits & 0x80) << 24);
+  const float magnitude = scalar::float_of(static_cast<uint32_t>(code.bits & 0x7f) << 20) * 0x1p120f;
+  return scalar::float_of(scalar::bits_of(magnitude) | static_cast<uint32_t>(code.bits & 0x80) << 24);
 }
 
 }  // namespace pygen::cache

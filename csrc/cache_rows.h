@@ -34,17 +34,32 @@ struct Lanes {
   typedef T type __attribute__((vector_size(kBytes), aligned(alignof(T)), may_alias));
 };
 
-template <class T, int kBytes>
-PYGEN_INLINE T sum_of(const typename Lanes<T, kBytes>::type& lanes) {
+// The sums of the lanes of kCount registers; of four floats together, because most of the work is to move lanes.
+template <class T, int kBytes, int kCount>
+PYGEN_INLINE void sum_lanes(const typename Lanes<T, kBytes>::type* lanes, T* sums) {
   if constexpr (kBytes > 16) {
-    typename Lanes<T, kBytes / 2>::type halves[2];
-    memcpy(halves, &lanes, kBytes);
-    const typename Lanes<T, kBytes / 2>::type sum = halves[0] + halves[1];
-    return sum_of<T, kBytes / 2>(sum);
+    typename Lanes<T, kBytes / 2>::type folded[kCount];
+#pragma GCC unroll 4
+    for (int k = 0; k < kCount; ++k) {
+      typename Lanes<T, kBytes / 2>::type halves[2];
+      memcpy(halves, &lanes[k], kBytes);
+      folded[k] = halves[0] + halves[1];
+    }
+    sum_lanes<T, kBytes / 2, kCount>(folded, sums);
+  } else if constexpr (kCount == 4 && sizeof(T) == 4) {
+    using V = typename Lanes<T, 16>::type;
+    const V first = __builtin_shufflevector(lanes[0], lanes[1], 0, 4, 1, 5) +
+                    __builtin_shufflevector(lanes[0], lanes[1], 2, 6, 3, 7);
+    const V second = __builtin_shufflevector(lanes[2], lanes[3], 0, 4, 1, 5) +
+                     __builtin_shufflevector(lanes[2], lanes[3], 2, 6, 3, 7);
+    const V all =
+        __builtin_shufflevector(first, second, 0, 1, 4, 5) + __builtin_shufflevector(first, second, 2, 3, 6, 7);
+    memcpy(sums, &all, sizeof all);
   } else {
-    T sum = lanes[0];
-    for (int i = 1; i < kBytes / static_cast<int>(sizeof(T)); ++i) sum += lanes[i];
-    return sum;
+    for (int k = 0; k < kCount; ++k) {
+      sums[k] = lanes[k][0];
+      for (int i = 1; i < kBytes / static_cast<int>(sizeof(T)); ++i) sums[k] += lanes[k][i];
+    }
   }
 }
 
@@ -53,38 +68,56 @@ PYGEN_INLINE double widen(double x) { return x; }
 PYGEN_INLINE float widen(BFloat16 x) { return scalar::float_of_bfloat16(x.x); }
 PYGEN_INLINE float widen(Half x) { return scalar::float_of_half(x.x); }
 PYGEN_INLINE float widen(int8_t x) { return cache::decode(x); }
-PYGEN_INLINE float widen(cache::Float8 x) { return cache::decode(x); }
+// 1/256 of it, which is what its bits are as a half; the scales make up for it.
+PYGEN_INLINE float widen(cache::Float8 x) { return cache::decode(x) * 0x1p-8f; }
+
+template <class Stored>
+constexpr float kUnit = std::is_same_v<Stored, cache::Float8> ? 256.0f : 1.0f;
+
+// Conversions that are one instruction each. GCC makes dozens of those that it is asked for in its vector types, and
+// its own names for the instructions are not known to a function of no level.
+#if PYGEN_X86_LEVELS
+#define PYGEN_CONVERT(name, instruction)                \
+  template <class To, class From>                       \
+  PYGEN_INLINE To name(const From& from) {              \
+    To to;                                              \
+    asm(instruction " %1, %0" : "=v"(to) : "vm"(from)); \
+    return to;                                          \
+  }
+PYGEN_CONVERT(words_of_bytes, "vpmovsxbd")
+PYGEN_CONVERT(halves_of_bytes, "vpmovsxbw")
+PYGEN_CONVERT(floats_of_halves, "vcvtph2ps")
+#undef PYGEN_CONVERT
+#endif
 
 // As many stored numbers as a register has lanes of Compute: what `widen` does, for all of them.
 template <class Compute, int kBytes, class Stored>
 PYGEN_INLINE typename Lanes<Compute, kBytes>::type load_lanes(const Stored* from) {
   using V = typename Lanes<Compute, kBytes>::type;
+  using Words = typename Lanes<uint32_t, kBytes>::type;
   if constexpr (std::is_same_v<Compute, Stored>) {
     return *reinterpret_cast<const V*>(from);
-  } else {
-    using Words = typename Lanes<uint32_t, kBytes>::type;
+  } else if constexpr (std::is_same_v<Stored, BFloat16>) {
+    const auto halves = *reinterpret_cast<const typename Lanes<uint16_t, kBytes / 2>::type*>(from);
+    return (V)(__builtin_convertvector(halves, Words) << 16);
+#if PYGEN_X86_LEVELS
+  } else if constexpr (kBytes > 16 && std::is_same_v<Stored, Half>) {
+    return floats_of_halves<V>(*reinterpret_cast<const typename Lanes<int16_t, kBytes / 2>::type*>(from));
+  } else if constexpr (kBytes > 16 && cache::kScaled<Stored>) {
+    const auto& codes = *reinterpret_cast<const typename Lanes<int8_t, kBytes / 4>::type*>(from);
     if constexpr (std::is_same_v<Stored, int8_t>) {
-      const auto codes = *reinterpret_cast<const typename Lanes<int8_t, kBytes / 4>::type*>(from);
-      return __builtin_convertvector(codes, V);
-    } else if constexpr (std::is_same_v<Stored, cache::Float8>) {
-      const auto codes = *reinterpret_cast<const typename Lanes<uint8_t, kBytes / 4>::type*>(from);
-      const Words bits = __builtin_convertvector(codes, Words), magnitude = bits & 0x7f;
-      const Words finite = (Words)((V)(magnitude << 20) * 0x1p120f);
-      const Words nan = (Words)(magnitude == 0x7f) & 0x7fc00000u;
-      return (V)(finite | nan | (bits & 0x80) << 24);
+      return __builtin_convertvector((words_of_bytes<typename Lanes<int32_t, kBytes>::type>(codes)), V);
     } else {
-      const auto halves = *reinterpret_cast<const typename Lanes<uint16_t, kBytes / 2>::type*>(from);
-      const Words bits = __builtin_convertvector(halves, Words);
-      if constexpr (std::is_same_v<Stored, BFloat16>) {
-        return (V)(bits << 16);
-      } else {
-        const Words magnitude = (bits & 0x7fff) << 13;
-        const Words finite = (Words)((V)magnitude * 0x1p112f);
-        // Infinity and NaN: all the bits of the exponent, and the mantissa as it was.
-        const Words special = (Words)(magnitude >= (31u << 23)) & (0x7f800000u | magnitude);
-        return (V)(finite | special | (bits & 0x8000) << 16);
-      }
+      // Sign, exponent and mantissa to where a half has them, whose exponent has a bias that is larger by 8.
+      using Halves = typename Lanes<int16_t, kBytes / 2>::type;
+      const Halves bits = (halves_of_bytes<Halves>(codes) << 7) & static_cast<int16_t>(0xbfff);
+      return floats_of_halves<V>(bits);
     }
+#endif
+  } else {
+    V wide;
+    for (int i = 0; i < kBytes / static_cast<int>(sizeof(Compute)); ++i) wide[i] = widen(from[i]);
+    return wide;
   }
 }
 
@@ -110,11 +143,10 @@ PYGEN_INLINE void score(const T* rows, const Stored* const* keys, int64_t width,
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-      for (int k = 0; k < kKeys; ++k) {
-        T sum = sum_of<T, kBytes>(sums[r][k]);
-        for (int64_t rest = d; rest < width; ++rest) sum += rows[r * width + rest] * widen(keys[j + k][rest]);
-        scores[r][j + k] = sum;
+      T* const own = scores[r] + j;
+      sum_lanes<T, kBytes, kKeys>(sums[r], own);
+      for (int64_t rest = d; rest < width; ++rest) {
+        for (int k = 0; k < kKeys; ++k) own[k] += rows[r * width + rest] * widen(keys[j + k][rest]);
       }
     }
   }
@@ -185,6 +217,17 @@ inline uint32_t seen_of(const Split<Compute, Stored>& x, int64_t r, int64_t tile
   return seen;
 }
 
+// Where the tokens from position `tile` on lie.
+template <class T>
+PYGEN_INLINE void find_rows(const cache::Places<T>& places, int64_t tile, int64_t n, const T** rows) {
+  for (int64_t from = 0; from < n;) {
+    const int64_t to = std::min(n, from + places.layout.run(tile + from));
+    const T* const first = places.at(tile + from);
+    for (int64_t j = from; j < to; ++j) rows[j] = first + (j - from) * places.stride;
+    from = to;
+  }
+}
+
 // Rows of a tile where they lie, or widened into the buffer where so many query rows read them that it pays.
 template <int kBytes, class Compute, class Stored>
 PYGEN_INLINE void widen_tile(const Stored* const* rows, int64_t n, int64_t width, Compute* buffer,
@@ -243,7 +286,7 @@ PYGEN_INLINE void attend_rows_by(const Split<Compute, Stored>& x) {
     for (int64_t d = 0; d < width; ++d) x.accumulator[r * width + d] = 0;
   }
   const bool widened = !std::is_same_v<Compute, Stored> && x.rows > kRowsTogether;
-  Compute scores[kTileRows][kTile], bias[kTileRows][kTile], key_scales[kTile], value_scales[kTile];
+  Compute scores[kTileRows][kTile], bias[kTileRows][kTile], key_scales[kTile] = {}, value_scales[kTile] = {};
   const Stored* rows[kTile];
   const Compute* wide_rows[kTile];
   uint32_t seen[kTileRows];
@@ -252,12 +295,13 @@ PYGEN_INLINE void attend_rows_by(const Split<Compute, Stored>& x) {
     uint32_t any = 0;
     for (int64_t r = 0; r < x.rows; ++r) any |= seen[r] = seen_of(x, r, tile, n, bias[r]);
     if (!any) continue;
-    for (int64_t j = 0; j < n; ++j) rows[j] = x.keys.at(tile + j);
+    find_rows(x.keys, tile, n, rows);
     if constexpr (cache::kScaled<Stored>) {
-      for (int64_t j = 0; j < kTile; ++j) {
-        key_scales[j] = j < n ? *x.key_scales.at(tile + j) : 0;
-        value_scales[j] = j < n ? *x.value_scales.at(tile + j) : 0;
-      }
+      const float* scales[kTile];
+      find_rows(x.key_scales, tile, n, scales);
+      for (int64_t j = 0; j < n; ++j) key_scales[j] = *scales[j] * kUnit<Stored>;
+      find_rows(x.value_scales, tile, n, scales);
+      for (int64_t j = 0; j < n; ++j) value_scales[j] = *scales[j] * kUnit<Stored>;
     }
     if (widened) {
       widen_tile<kBytes>(rows, n, width, x.buffer, wide_rows);
@@ -298,7 +342,7 @@ PYGEN_INLINE void attend_rows_by(const Split<Compute, Stored>& x) {
         for (int64_t j = 0; j < kTile; ++j) s[j] *= value_scales[j];
       }
     }
-    for (int64_t j = 0; j < n; ++j) rows[j] = x.values.at(tile + j);
+    find_rows(x.values, tile, n, rows);
     if (widened) {
       widen_tile<kBytes>(rows, n, width, x.buffer, wide_rows);
       add_tile<kBytes>(scores, seen, x.rows, wide_rows, width, x.accumulator);
