@@ -15,6 +15,9 @@ constexpr int64_t kChunk = 1024;   // elements whose kept weight is summed befor
 constexpr int64_t kFew = 128;      // candidates that are sorted
 constexpr int64_t kGuesses = 256;  // elements from which a threshold is guessed
 constexpr int64_t kSlack = 16;     // ranks on either side of the guess; a miss costs one more round, never the result
+// Bins of distances from the typical depth, of which 34 cover all that has weight.
+constexpr int kTypicalBins = 1024;
+constexpr double kBinsPerDepth = (kTypicalBins - 1) / 34.0;
 
 // What is left of a row: the elements whose key reaches the threshold, but for ties that were split.
 template <class T>
@@ -183,10 +186,10 @@ class RowSampler {
       kept.x = kept.key = copy_;
       kept.index = index_.get();
     }
-    double total = weigh_rows(kept.x, kept.n, peak, temperature_, scale_, weight_);
+    double total = weigh_runs(kept.x, kept.n, peak);
     if (filters_.top_p < 1) {
       const double target = filters_.top_p * total;
-      kept.threshold = find_threshold(kept.x, weight_, kept.n, total, target);
+      kept.threshold = find_threshold(kept.x, weight_, kept.n, 0, total, target);
       if (filters_.split_ties) split_ties(target, &kept);
     }
     kept.threshold = std::max(kept.threshold, peak + margin_);
@@ -195,7 +198,7 @@ class RowSampler {
       total = kept_rows(kept.x, weight_, kept.n, kept.threshold);
       typicality_rows(kept.x, weight_, kept.n, peak, temperature_, static_cast<T>(depths / total), key_);
       kept.key = key_;
-      kept.threshold = find_threshold(key_, weight_, kept.n, total, filters_.typical_p * total);
+      kept.threshold = find_reach(kept.n, filters_.typical_p * total);
     }
     return kept;
   }
@@ -217,9 +220,30 @@ class RowSampler {
     kept->first_tie = first;
   }
 
-  // The largest value v such that the elements >= v weigh at least `target`.
-  T find_threshold(const T* x, const T* weight, int64_t n, double total, double target) {
-    double above = 0;  // the weight of what is larger than every candidate
+  // The same as find_threshold for the typicalities in key_: a sample says little of where their weight is, so bins of
+  // even width narrow them down first.
+  T find_reach(int64_t n, double target) {
+    double bins[kTypicalBins] = {};
+    const auto bin_of = [this](int64_t i) {
+      const T place = -key_[i] * T(kBinsPerDepth);
+      return place < T(kTypicalBins - 1) ? static_cast<int>(place) : kTypicalBins - 1;
+    };
+    for (int64_t i = 0; i < n; ++i) bins[bin_of(i)] += static_cast<double>(weight_[i]);
+    double above = 0;
+    int bin = 0;
+    for (; bin < kTypicalBins - 1 && above + bins[bin] < target; ++bin) above += bins[bin];
+    int64_t left = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      some_[left] = key_[i];
+      some_weight_[left] = weight_[i];
+      left += bin_of(i) == bin;
+    }
+    return find_threshold(some_, some_weight_, left, above, bins[bin], target);
+  }
+
+  // The largest value v such that the elements >= v weigh at least `target`, given what larger ones weigh that are not
+  // among these.
+  T find_threshold(const T* x, const T* weight, int64_t n, double above, double total, double target) {
     bool pinch = false;
     while (n > kFew) {
       std::pair<T, T> guesses[kGuesses];
@@ -276,7 +300,7 @@ class RowSampler {
       bound = order[top_k - 1];
     } else {
       std::fill(weight_, weight_ + vocabulary_, T(1));
-      bound = find_threshold(x, weight_, vocabulary_, static_cast<double>(vocabulary_), static_cast<double>(top_k));
+      bound = find_threshold(x, weight_, vocabulary_, 0, static_cast<double>(vocabulary_), static_cast<double>(top_k));
     }
     int64_t n = 0;
     for (int64_t bin = 0; bin < bins_; ++bin) {
@@ -303,19 +327,34 @@ class RowSampler {
     return kept;
   }
 
-  int64_t draw(const Kept<T>& kept, double u, T* log_prob) const {
+  // Weighs n elements; the sums of their runs stay in sums_.
+  double weigh_runs(const T* x, int64_t n, T peak) {
     double total = 0;
-    double sums[kChunk];  // of runs of chunks, as long as it takes for the row to fit
-    const int64_t n = kept.n, run = ((n + kChunk - 1) / kChunk + kChunk - 1) / kChunk * kChunk;
-    const int64_t runs = (n + run - 1) / run;
+    const int64_t run = run_of(n);
+    for (int64_t i = 0; i * run < n; ++i) {
+      const int64_t start = i * run, count = std::min(run, n - start);
+      sums_[i] = weigh_rows(x + start, count, peak, temperature_, scale_, weight_ + start);
+      total += sums_[i];
+    }
+    return total;
+  }
+
+  // Whole chunks, as many as it takes for the runs to fit in sums_.
+  static int64_t run_of(int64_t n) { return ((n + kChunk - 1) / kChunk + kChunk - 1) / kChunk * kChunk; }
+
+  int64_t draw(const Kept<T>& kept, double u, T* log_prob) {
+    double total = 0;
+    const int64_t n = kept.n, run = run_of(n), runs = (n + run - 1) / run;
+    const bool all = kept.threshold == -std::numeric_limits<T>::infinity();
     for (int64_t i = 0; i < runs; ++i) {
-      sums[i] = kept_rows(kept.key + i * run, weight_ + i * run, std::min(run, n - i * run), kept.threshold);
-      total += sums[i];
+      const int64_t start = i * run;
+      if (!all) sums_[i] = kept_rows(kept.key + start, weight_ + start, std::min(run, n - start), kept.threshold);
+      total += sums_[i];
     }
     const double target = inverse_target(u, total);
     double passed = 0;
     int64_t i = 0;
-    while (i < runs - 1 && passed + sums[i] <= target) passed += sums[i++];
+    while (i < runs - 1 && passed + sums_[i] <= target) passed += sums_[i++];
     int64_t drawn = i * run;
     for (;; ++drawn) {
       if (kept.key[drawn] >= kept.threshold) passed += weight_[drawn];
@@ -334,6 +373,7 @@ class RowSampler {
   std::unique_ptr<T[]> memory_;
   std::unique_ptr<int32_t[]> index_;
   T *copy_, *weight_, *some_, *some_weight_, *key_, *peaks_;
+  double sums_[kChunk];
 };
 
 }  // namespace
