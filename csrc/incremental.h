@@ -46,8 +46,9 @@ constexpr int32_t kUnaryFunctions = 17, kFunctions = 24;
 
 constexpr int32_t kNowhere = -2147483647 - 1;  // a row or column that is zero
 constexpr int32_t kNoTable = -1;
-constexpr int64_t kLanes = 16;  // channels are stored in whole vectors of so many
-constexpr int64_t kPanel = 64;  // output channels whose weights lie together, for each input in turn
+constexpr int64_t kLanes = 16;          // channels are stored in whole vectors of so many
+constexpr int32_t kMostRegisters = 32;  // sources and instructions of a pointwise operation
+constexpr int64_t kPanel = 64;          // output channels whose weights lie together, for each input in turn
 
 struct Operation {
   Kind kind;
@@ -172,6 +173,62 @@ PYGEN_INLINE T apply(T a, T b, const T* numbers) {
   if constexpr (F == Function::kMaximum) return a != a || a > b ? a : b;
   if constexpr (F == Function::kMinimum) return a != a || a < b ? a : b;
   if constexpr (F == Function::kFill) return a != T(0) ? numbers[0] : b;  // a is the mask
+}
+
+// apply for a function that is known at run time.
+template <class T>
+PYGEN_INLINE T apply_any(Function function, T a, T b, const T* numbers) {
+  switch (function) {
+    case Function::kNeg:
+      return apply<Function::kNeg>(a, b, numbers);
+    case Function::kExp:
+      return apply<Function::kExp>(a, b, numbers);
+    case Function::kLog:
+      return apply<Function::kLog>(a, b, numbers);
+    case Function::kTanh:
+      return apply<Function::kTanh>(a, b, numbers);
+    case Function::kSigmoid:
+      return apply<Function::kSigmoid>(a, b, numbers);
+    case Function::kRelu:
+      return apply<Function::kRelu>(a, b, numbers);
+    case Function::kAbs:
+      return apply<Function::kAbs>(a, b, numbers);
+    case Function::kSqrt:
+      return apply<Function::kSqrt>(a, b, numbers);
+    case Function::kRsqrt:
+      return apply<Function::kRsqrt>(a, b, numbers);
+    case Function::kSilu:
+      return apply<Function::kSilu>(a, b, numbers);
+    case Function::kGelu:
+      return apply<Function::kGelu>(a, b, numbers);
+    case Function::kGeluTanh:
+      return apply<Function::kGeluTanh>(a, b, numbers);
+    case Function::kElu:
+      return apply<Function::kElu>(a, b, numbers);
+    case Function::kLeakyRelu:
+      return apply<Function::kLeakyRelu>(a, b, numbers);
+    case Function::kSoftplus:
+      return apply<Function::kSoftplus>(a, b, numbers);
+    case Function::kClamp:
+      return apply<Function::kClamp>(a, b, numbers);
+    case Function::kScale:
+      return apply<Function::kScale>(a, b, numbers);
+    case Function::kAdd:
+      return apply<Function::kAdd>(a, b, numbers);
+    case Function::kSub:
+      return apply<Function::kSub>(a, b, numbers);
+    case Function::kMul:
+      return apply<Function::kMul>(a, b, numbers);
+    case Function::kDiv:
+      return apply<Function::kDiv>(a, b, numbers);
+    case Function::kMaximum:
+      return apply<Function::kMaximum>(a, b, numbers);
+    case Function::kMinimum:
+      return apply<Function::kMinimum>(a, b, numbers);
+    case Function::kFill:
+      return apply<Function::kFill>(a, b, numbers);
+  }
+  return a;
 }
 
 }  // namespace pygen::incremental

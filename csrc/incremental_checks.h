@@ -255,8 +255,8 @@ class IncrementalChecker {
   }
 
   bool instructions_hold(const incremental::Operation& in) const {
-    if (in.instructions <= 0 || in.first_instruction < 0 ||
-        in.first_instruction > program_.header.instructions - in.instructions) {
+    if (in.instructions <= 0 || in.instructions + in.sources > incremental::kMostRegisters ||
+        in.first_instruction < 0 || in.first_instruction > program_.header.instructions - in.instructions) {
       return false;
     }
     for (int32_t i = 0; i < in.instructions; ++i) {
@@ -303,11 +303,12 @@ class IncrementalChecker {
 // logits). logits is nullptr where nobody asked.
 template <class Backend>
 std::tuple<Tensor, Tensor> incremental_advance(Tensor state, Tensor tokens, Tensor weights, Tensor program,
-                                               Tensor device_program, Tensor conditions, Tensor values,
-                                               std::optional<Tensor> known, Tensor sample_ids, int64_t seed,
-                                               std::optional<Tensor> seeds, int64_t begin, int64_t end, int64_t mode,
-                                               int64_t logistics, double temperature, int64_t top_k, double top_p,
-                                               double min_p, double typical_p, bool split_ties, bool with_logits) {
+                                               Tensor device_program, int64_t vocabulary, Tensor conditions,
+                                               Tensor values, std::optional<Tensor> known, Tensor sample_ids,
+                                               int64_t seed, std::optional<Tensor> seeds, int64_t begin, int64_t end,
+                                               int64_t mode, int64_t logistics, double temperature, int64_t top_k,
+                                               double top_p, double min_p, double typical_p, bool split_ties,
+                                               bool with_logits) {
   check(mode >= 0 && mode <= 2, "mode is ", mode, ", but expected 0 to 2");
   const AdvanceInputs inputs{state,
                              tokens,
@@ -326,6 +327,8 @@ std::tuple<Tensor, Tensor> incremental_advance(Tensor state, Tensor tokens, Tens
                              {1, 1, temperature, top_k, top_p, min_p, typical_p, split_ties}};
   const incremental::Program checked = IncrementalChecker(inputs).checked();
   check_filters(state, {}, {}, {}, inputs.filters);
+  check(vocabulary == checked.header.vocabulary, "vocabulary is ", vocabulary, ", but the program has ",
+        checked.header.vocabulary, " outputs");
   const int64_t n = state.size(0);
   Tensor log_prob = torch::stable::new_empty(state, {n, end - begin});
   Tensor logits = torch::stable::new_empty(state, {n, with_logits ? end - begin : 0, checked.header.vocabulary});

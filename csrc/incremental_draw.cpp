@@ -42,7 +42,7 @@ class LogisticsDrawer final : public Drawer<T> {
       : colours_(static_cast<int>(channels)),
         mixtures_(static_cast<int>(vocabulary / logistics::parameter_count(static_cast<int>(channels), 1))),
         levels_(static_cast<int>(levels)),
-        joint_(static_cast<size_t>(mixtures_)) {}
+        scratch_(static_cast<size_t>(logistics::kDrawArrays * logistics::padded(mixtures_))) {}
 
   void draw(const T* row, const int64_t* pixel, int64_t channel, int64_t seed, int64_t sample_id, int64_t position,
             int64_t* token, T* log_prob) override {
@@ -73,11 +73,11 @@ class LogisticsDrawer final : public Drawer<T> {
     }
     logistics::draw_pixel(logistics::Pixel<T, T>{row, 1, mixtures_, colours_}, levels_, static_cast<uint64_t>(seed),
                           static_cast<uint64_t>(sample_id), static_cast<uint64_t>(position), known, x, log_probs,
-                          joint_.data());
+                          scratch_.data());
   }
 
   int colours_, mixtures_, levels_;
-  std::vector<T> joint_;
+  std::vector<T> scratch_;
 };
 
 }  // namespace

@@ -90,11 +90,12 @@ constexpr const char* kSchemas[] = {
     "filter_logits(Tensor logits, float temperature, int top_k, float top_p, float min_p=0.0, float typical_p=1.0, "
     "bool split_ties=False, Tensor? unconditional=None, float guidance_scale=1.0, Tensor? history=None, "
     "float repetition_penalty=1.0, Tensor? allowed=None) -> Tensor log_probs",
-    // incremental: steps begin .. end of a program of pygen/ops/incremental_program.py, for each row of state; mode 0
+    // incremental: steps begin .. end of a program of pygen/ops/incremental_program.py, for each row of state; action 0
     // follows the tokens, 1 scores them too, 2 draws those that are not known; logistics = levels, 0 for logits
     "incremental_advance(Tensor(a!) state, Tensor(b!) tokens, Tensor weights, Tensor program, Tensor device_program, "
-    "Tensor conditions, Tensor values, Tensor? known, Tensor sample_ids, SymInt seed, Tensor? seeds, SymInt begin, "
-    "SymInt end, int mode, int logistics, float temperature, int top_k, float top_p, float min_p, float typical_p, "
+    "int vocabulary, Tensor conditions, Tensor values, Tensor? known, Tensor sample_ids, SymInt seed, Tensor? seeds, "
+    "SymInt begin, SymInt end, int action, int logistics, float temperature, int top_k, float top_p, float min_p, float "
+    "typical_p, "
     "bool split_ties, bool with_logits) -> (Tensor log_prob, Tensor logits)",
     // wavelet: 2 x 2 blocks of a picture (n, c, 2 h, 2 w) as channels (n, 4 c, h, w), and back
     "wavelet_forward(Tensor x, bool haar) -> Tensor y",

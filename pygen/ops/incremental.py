@@ -9,7 +9,6 @@ Programs are written by `pygen.autoregressive.incremental`; what they hold is in
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from pygen import _native
@@ -57,16 +56,13 @@ def incremental_advance_reference(
 
 @_native.register_fake("incremental_advance")
 def _advance_fake(
-    state: Tensor, tokens: Tensor, weights: Tensor, program: Tensor, device_program: Tensor, conditions: Tensor,
-    values: Tensor, known: Tensor | None, sample_ids: Tensor, seed: int, seeds: Tensor | None, begin: int, end: int,
-    mode: int, logistics: int, temperature: float, top_k: int, top_p: float, min_p: float, typical_p: float,
-    split_ties: bool, with_logits: bool,
+    state: Tensor, tokens: Tensor, weights: Tensor, program: Tensor, device_program: Tensor, vocabulary: int,
+    conditions: Tensor, values: Tensor, known: Tensor | None, sample_ids: Tensor, seed: int, seeds: Tensor | None,
+    begin: int, end: int, action: int, logistics: int, temperature: float, top_k: int, top_p: float, min_p: float,
+    typical_p: float, split_ties: bool, with_logits: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    steps = end - begin
-    # A program's number of outputs is among its numbers, which a fake does not have.
-    outputs = torch.library.get_ctx().new_dynamic_size() if with_logits else 0
-    return state.new_empty((state.shape[0], steps)), state.new_empty((state.shape[0], steps if with_logits else 0,
-                                                                      outputs))  # fmt: skip
+    n, steps = state.shape[0], end - begin
+    return state.new_empty((n, steps)), state.new_empty((n, steps if with_logits else 0, vocabulary))
 
 
 def incremental_advance(
@@ -137,8 +133,8 @@ def incremental_advance(
         )  # fmt: skip
     number, seeds = split_seed(plain_number("seed", seed))
     log_prob, logits = kernels.incremental_advance(
-        state, tokens, weights, program.code, program.on(state.device), conditions, values, known, sample_ids, number,
-        seeds, begin, end, MODES.index(mode), logistics, float(temperature),
+        state, tokens, weights, program.code, program.on(state.device), program.vocabulary, conditions, values, known,
+        sample_ids, number, seeds, begin, end, MODES.index(mode), logistics, float(temperature),
         _ALL if top_k is None else min(top_k, _ALL), 1.0 if top_p is None else float(top_p),
         0.0 if min_p is None else float(min_p), 1.0 if typical_p is None else float(typical_p), ties != "keep",
         with_logits,

@@ -22,7 +22,6 @@ offset + the column's offset + the channel's.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import zlib
 from typing import Any
 
@@ -64,7 +63,8 @@ class Program:
     """A program (length,) int32 and what it says of its sizes."""
 
     code: Tensor
-    _copies: dict[torch.device, Tensor] = dataclasses.field(default_factory=dict, repr=False)
+    header: dict[str, int] = dataclasses.field(default_factory=dict, init=False)
+    _copies: dict[torch.device, Tensor] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def on(self, device: torch.device) -> Tensor:
         """The code where a device reads it."""
@@ -74,9 +74,8 @@ class Program:
             self._copies[device] = self.code.to(device)
         return self._copies[device]
 
-    @functools.cached_property
-    def header(self) -> dict[str, int]:
-        return dict(zip(HEADER, self.code[: len(HEADER)].tolist(), strict=True))
+    def __post_init__(self) -> None:
+        self.header.update(zip(HEADER, self.code[: len(HEADER)].tolist(), strict=True))
 
     @property
     def channels(self) -> int:
