@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from cases import DTYPES
+from goodness import fit
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -237,6 +238,64 @@ def test_typical_by_its_definition(backend, device):
                     chosen[i] = True
                     total += float(row[i].exp())
                 assert torch.equal(chosen, mask)
+
+
+DISTRIBUTIONS = {
+    "min-p": ({"min_p": 0.2}, lambda t: [t.MinPLogitsWarper(0.2)]),
+    "typical": ({"typical_p": 0.6}, lambda t: [t.TypicalLogitsWarper(0.6)]),
+    "penalty": ({"repetition_penalty": 1.8}, lambda t: [t.RepetitionPenaltyLogitsProcessor(1.8)]),
+    "guidance": ({"guidance_scale": 1.7}, lambda t: []),
+    "all": (
+        {"guidance_scale": 1.7, "repetition_penalty": 1.8, "top_k": 30, "top_p": 0.95, "min_p": 0.02, "typical_p": 0.9},
+        lambda t: [
+            t.RepetitionPenaltyLogitsProcessor(1.8), t.TopKLogitsWarper(30), t.TopPLogitsWarper(0.95),
+            t.MinPLogitsWarper(0.02), t.TypicalLogitsWarper(0.9),
+        ],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_draws_transformers_distribution(backend, device, name):
+    """Every token that is kept, and no other, as often as it should: see the test of `fit` for what that sees."""
+    options, warpers = DISTRIBUTIONS[name]
+    draws = 800 if backend == "simt" else 60_000
+    logits, other = 1.5 * torch.randn(40, device=device), 1.5 * torch.randn(40, device=device)
+    history = torch.randint(40, (15,), device=device)
+    processors = warpers(transformers)
+    if "guidance_scale" in options:
+        guidance = transformers.UnbatchedClassifierFreeGuidanceLogitsProcessor(
+            options["guidance_scale"], Unconditional(other[None].double().cpu())
+        )
+        processors = [guidance, *processors]
+    probability = processed(logits[None], *processors, history=history[None].cpu())[0].exp()
+    rows = {"unconditional": other.expand(draws, -1), "history": history.expand(draws, -1)}
+    token, log_prob = ops.sample_logits(
+        logits.expand(draws, -1), seed=5, sample_ids=torch.arange(draws, device=device), position=0, **rows, **options
+    )
+    token = token.cpu()
+    assert fit(token, probability) > 1e-4
+    assert (probability[token] > 0).all()
+    torch.testing.assert_close(log_prob.cpu(), probability.log().float()[token], rtol=3e-5, atol=3e-5)
+
+
+def test_a_row_does_not_depend_on_its_batch(backend, device):
+    for dtype in (torch.float32, torch.bfloat16):
+        logits, other = ((3 * torch.randn(5, 1000, device=device)).to(dtype) for _ in range(2))
+        ids = torch.tensor([7, 2**40, -3, 0, 99], device=device)
+        rows = {
+            "logits": logits, "unconditional": other, "history": torch.randint(1000, (5, 70), device=device),
+            "allowed": torch.rand(5, 1000, device=device) < 0.8, "sample_ids": ids,
+        }  # fmt: skip
+        options = {
+            "seed": 4, "position": 12, "guidance_scale": 1.5, "repetition_penalty": 1.3, "top_p": 0.9, "min_p": 0.001,
+            "typical_p": 0.8, "ties": "transformers",
+        }  # fmt: skip
+        together = ops.sample_logits(**rows, **options)
+        for chosen in (torch.tensor([3, 1, 4, 0, 2], device=device), torch.tensor([2], device=device)):
+            part = ops.sample_logits(**{name: tensor[chosen] for name, tensor in rows.items()}, **options)
+            assert torch.equal(part[0], together[0][chosen])
+            assert torch.equal(part[1], together[1][chosen])
 
 
 @given(
