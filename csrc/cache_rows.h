@@ -228,6 +228,18 @@ PYGEN_INLINE void find_rows(const cache::Places<T>& places, int64_t tile, int64_
   }
 }
 
+// Asks for the rows from position `tile` on while those before are computed with: pages lie anywhere, which no
+// prefetcher of the machine follows.
+template <class T>
+PYGEN_INLINE void prefetch_rows(const cache::Places<T>& places, int64_t tile, int64_t n, int64_t width) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const T* rows[kTile];
+  find_rows(places, tile, n, rows);
+  for (int64_t j = 0; j < n; ++j) {
+    for (int64_t d = 0; d < width; d += kLine) __builtin_prefetch(rows[j] + d);
+  }
+}
+
 // Rows of a tile where they lie, or widened into the buffer where so many query rows read them that it pays.
 template <int kBytes, class Compute, class Stored>
 PYGEN_INLINE void widen_tile(const Stored* const* rows, int64_t n, int64_t width, Compute* buffer,
@@ -295,6 +307,11 @@ PYGEN_INLINE void attend_rows_by(const Split<Compute, Stored>& x) {
     uint32_t any = 0;
     for (int64_t r = 0; r < x.rows; ++r) any |= seen[r] = seen_of(x, r, tile, n, bias[r]);
     if (!any) continue;
+    if (x.keys.pages && tile + n < x.end) {
+      const int64_t next = std::min(kTile, x.end - tile - n);
+      prefetch_rows(x.keys, tile + n, next, width);
+      prefetch_rows(x.values, tile + n, next, width);
+    }
     find_rows(x.keys, tile, n, rows);
     if constexpr (cache::kScaled<Stored>) {
       const float* scales[kTile];
