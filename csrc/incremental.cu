@@ -240,8 +240,8 @@ class Walker {
       }
       for (int32_t k = 0; k < in.instructions; ++k) {
         const Instruction each = program_.instructions[in.first_instruction + k];
-        registers[in.sources + k] =
-            incremental::apply_any(each.function, registers[each.a], registers[each.b], weights_ + each.numbers);
+        registers[in.sources + k] = incremental::apply_any(each.function, registers[each.a], registers[each.b],
+                                                           weights_[each.numbers], weights_[each.numbers + 1]);
       }
       *to = registers[in.sources + in.instructions - 1];
     }

@@ -137,8 +137,28 @@ PYGEN_INLINE int64_t column_at(const Header& header, const Shape& grid, int64_t 
   return step / header.channels % header.width * grid.width / header.width;
 }
 
+// e^x - 1 for x <= 0, to rounding however small x is: with x = n ln 2 + r, 2^n (e^r - 1) + (2^n - 1).
+PYGEN_INLINE float expm1_below(float x) {
+  x = scalar::at_least(x, -30.0f);
+  constexpr float kRound = 12582912.0f;  // as in scalar::exp, whose polynomial this is
+  const float shifted = x * 1.44269504f + kRound;
+  const float n = shifted - kRound;
+  const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  float p = 0.0013942160876467824f;
+  p = p * r + 0.008363775908946991f;
+  p = p * r + 0.041666362434625626f;
+  p = p * r + 0.16666573286056519f;
+  p = p * r + 0.5f;
+  const int32_t k = static_cast<int32_t>(scalar::bits_of(shifted)) - static_cast<int32_t>(scalar::bits_of(kRound));
+  const float scale = scalar::float_of(static_cast<uint32_t>(k + 127) << 23);
+  return scale * (r + r * r * p) + (scale - 1.0f);
+}
+PYGEN_INLINE double expm1_below(double x) { return ::expm1(x); }
+
+// A function of one or two numbers, with two numbers of its own.
 template <Function F, class T>
-PYGEN_INLINE T apply(T a, T b, const T* numbers) {
+PYGEN_INLINE T apply(T a, T b, T first, T second) {
+  using scalar::pick;
   if constexpr (F == Function::kNeg) return -a;
   if constexpr (F == Function::kExp) return scalar::exp(a);
   if constexpr (F == Function::kLog) return scalar::log(a);
@@ -154,79 +174,74 @@ PYGEN_INLINE T apply(T a, T b, const T* numbers) {
     return T(0.5) * a * (T(1) + scalar::tanh(T(0.79788456080286535588) * (a + T(0.044715) * a * a * a)));
   }
   if constexpr (F == Function::kElu) {
-    // e^a - 1 = 2 t / (1 - t) with t = tanh(a / 2), which keeps its digits near zero.
-    const T t = scalar::tanh(T(0.5) * scalar::at_most(a, T(0)));
-    const T below = numbers[0] * (T(2) * t / (T(1) - t));
-    return a > T(0) ? numbers[1] * a : below;
+    const T below = first * expm1_below(scalar::at_most(a, T(0))), above = second * a;
+    return pick(a > T(0), above, below);
   }
-  if constexpr (F == Function::kLeakyRelu) return a > T(0) ? a : numbers[0] * a;
-  if constexpr (F == Function::kSoftplus) {
-    const T soft = scalar::softplus(numbers[0] * a) / numbers[0];
-    return numbers[0] * a > numbers[1] ? a : soft;
-  }
-  if constexpr (F == Function::kClamp) return scalar::at_most(scalar::at_least(a, numbers[0]), numbers[1]);
-  if constexpr (F == Function::kScale) return a * numbers[0] + numbers[1];
+  if constexpr (F == Function::kLeakyRelu) return pick(a > T(0), a, first * a);
+  if constexpr (F == Function::kSoftplus) return pick(first * a > second, a, scalar::softplus(first * a) / first);
+  if constexpr (F == Function::kClamp) return scalar::at_most(scalar::at_least(a, first), second);
+  if constexpr (F == Function::kScale) return a * first + second;
   if constexpr (F == Function::kAdd) return a + b;
   if constexpr (F == Function::kSub) return a - b;
   if constexpr (F == Function::kMul) return a * b;
   if constexpr (F == Function::kDiv) return a / b;
-  if constexpr (F == Function::kMaximum) return a != a || a > b ? a : b;
-  if constexpr (F == Function::kMinimum) return a != a || a < b ? a : b;
-  if constexpr (F == Function::kFill) return a != T(0) ? numbers[0] : b;  // a is the mask
+  if constexpr (F == Function::kMaximum) return pick((a != a) | (a > b), a, b);
+  if constexpr (F == Function::kMinimum) return pick((a != a) | (a < b), a, b);
+  if constexpr (F == Function::kFill) return pick(a != T(0), first, b);  // a is the mask
 }
 
 // apply for a function that is known at run time.
 template <class T>
-PYGEN_INLINE T apply_any(Function function, T a, T b, const T* numbers) {
+PYGEN_INLINE T apply_any(Function function, T a, T b, T first, T second) {
   switch (function) {
     case Function::kNeg:
-      return apply<Function::kNeg>(a, b, numbers);
+      return apply<Function::kNeg>(a, b, first, second);
     case Function::kExp:
-      return apply<Function::kExp>(a, b, numbers);
+      return apply<Function::kExp>(a, b, first, second);
     case Function::kLog:
-      return apply<Function::kLog>(a, b, numbers);
+      return apply<Function::kLog>(a, b, first, second);
     case Function::kTanh:
-      return apply<Function::kTanh>(a, b, numbers);
+      return apply<Function::kTanh>(a, b, first, second);
     case Function::kSigmoid:
-      return apply<Function::kSigmoid>(a, b, numbers);
+      return apply<Function::kSigmoid>(a, b, first, second);
     case Function::kRelu:
-      return apply<Function::kRelu>(a, b, numbers);
+      return apply<Function::kRelu>(a, b, first, second);
     case Function::kAbs:
-      return apply<Function::kAbs>(a, b, numbers);
+      return apply<Function::kAbs>(a, b, first, second);
     case Function::kSqrt:
-      return apply<Function::kSqrt>(a, b, numbers);
+      return apply<Function::kSqrt>(a, b, first, second);
     case Function::kRsqrt:
-      return apply<Function::kRsqrt>(a, b, numbers);
+      return apply<Function::kRsqrt>(a, b, first, second);
     case Function::kSilu:
-      return apply<Function::kSilu>(a, b, numbers);
+      return apply<Function::kSilu>(a, b, first, second);
     case Function::kGelu:
-      return apply<Function::kGelu>(a, b, numbers);
+      return apply<Function::kGelu>(a, b, first, second);
     case Function::kGeluTanh:
-      return apply<Function::kGeluTanh>(a, b, numbers);
+      return apply<Function::kGeluTanh>(a, b, first, second);
     case Function::kElu:
-      return apply<Function::kElu>(a, b, numbers);
+      return apply<Function::kElu>(a, b, first, second);
     case Function::kLeakyRelu:
-      return apply<Function::kLeakyRelu>(a, b, numbers);
+      return apply<Function::kLeakyRelu>(a, b, first, second);
     case Function::kSoftplus:
-      return apply<Function::kSoftplus>(a, b, numbers);
+      return apply<Function::kSoftplus>(a, b, first, second);
     case Function::kClamp:
-      return apply<Function::kClamp>(a, b, numbers);
+      return apply<Function::kClamp>(a, b, first, second);
     case Function::kScale:
-      return apply<Function::kScale>(a, b, numbers);
+      return apply<Function::kScale>(a, b, first, second);
     case Function::kAdd:
-      return apply<Function::kAdd>(a, b, numbers);
+      return apply<Function::kAdd>(a, b, first, second);
     case Function::kSub:
-      return apply<Function::kSub>(a, b, numbers);
+      return apply<Function::kSub>(a, b, first, second);
     case Function::kMul:
-      return apply<Function::kMul>(a, b, numbers);
+      return apply<Function::kMul>(a, b, first, second);
     case Function::kDiv:
-      return apply<Function::kDiv>(a, b, numbers);
+      return apply<Function::kDiv>(a, b, first, second);
     case Function::kMaximum:
-      return apply<Function::kMaximum>(a, b, numbers);
+      return apply<Function::kMaximum>(a, b, first, second);
     case Function::kMinimum:
-      return apply<Function::kMinimum>(a, b, numbers);
+      return apply<Function::kMinimum>(a, b, first, second);
     case Function::kFill:
-      return apply<Function::kFill>(a, b, numbers);
+      return apply<Function::kFill>(a, b, first, second);
   }
   return a;
 }

@@ -89,8 +89,9 @@ inline bool wide_registers() {
 // n is a multiple of kLanes.
 template <Function F, class T>
 PYGEN_CLONES void apply_row(const T* a, const T* b, const T* numbers, int64_t n, T* out) {
+  const T first = numbers[0], second = numbers[1];
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = apply<F>(a[i], b[i], numbers);
+  for (int64_t i = 0; i < n; ++i) out[i] = apply<F>(a[i], b[i], first, second);
 }
 
 template <class T>

@@ -22,6 +22,7 @@ from pygen.autoregressive.incremental.fields import (
     Norm,
     Pointwise,
     Source,
+    increases,
 )
 from pygen.autoregressive.incremental.layout import Place, allocate, padded, places
 from pygen.autoregressive.incremental.schedule import NEVER, Group, Schedule
@@ -220,8 +221,11 @@ class Encoder:
                     positions,
                 )  # fmt: skip
                 block = np.zeros((len(positions), len(channels)))
-                np.add.at(block, self.places[tap.source.field].position[tap.source.channels[columns]] - positions[0],
-                          weight[:, columns].T)  # fmt: skip
+                rows = self.places[tap.source.field].position[tap.source.channels[columns]] - positions[0]
+                if increases(np.sort(rows)):
+                    block[rows] = weight[:, columns].T
+                else:  # a channel that is read twice
+                    np.add.at(block, rows, weight[:, columns].T)
                 parts.append(block)
         width = padded(len(channels))
         inputs = np.concatenate([*parts, np.zeros((0, len(channels)))])

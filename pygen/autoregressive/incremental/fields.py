@@ -8,6 +8,7 @@ sources: which channels of which field, at which row and column for each row and
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 from typing import Any
@@ -80,6 +81,11 @@ class Source:
     def with_maps(self, rows: Array, columns: Array) -> Source:
         """For a grid whose rows and columns are these rows and columns of this one, -1 for none."""
         return Source(self.field, self.channels, through(rows, self.rows), through(columns, self.columns))
+
+
+def increases(numbers: Array) -> bool:
+    """Whether every number is larger than the one before, so that none comes twice."""
+    return bool((numbers[1:] > numbers[:-1]).all())
 
 
 def is_range(numbers: Array) -> bool:
@@ -209,12 +215,14 @@ class Network:
 
     def __init__(self) -> None:
         self.fields: list[Field] = []
+        self._starts: list[int] = []
         self._next = 0
 
     def add(self, node: Node, channels: int, height: int, width: int) -> Field:
         field = Field(node, channels, height, width, self._next)
         self._next += field.size
         self.fields.append(field)
+        self._starts.append(field.start)
         return field
 
     def add_constant(self, values: Tensor) -> Field:
@@ -227,8 +235,7 @@ class Network:
 
     def owners(self, ids: Array) -> Array:
         """For each identity the number of its field, in `fields`; -1 for ZERO."""
-        starts = np.fromiter((field.start for field in self.fields), np.int64, len(self.fields))
-        return np.where(ids >= 0, np.searchsorted(starts, ids, side="right") - 1, -1)
+        return np.where(ids >= 0, np.searchsorted(self._starts, ids, side="right") - 1, -1)
 
     def sites(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Row and column of each identity in its field; -1 for ZERO, and for fields with one site only."""
@@ -272,7 +279,7 @@ class Network:
         first = ids[left[0]]
         place = int(np.argmax(first.reshape(-1) >= 0))
         y, x = divmod(place, width)
-        field = self.fields[int(self.owners(first[y, x : x + 1])[0])]
+        field = self.fields[bisect.bisect_right(self._starts, int(first[y, x])) - 1]
         sites = field.height * field.width
         own = first[y, x] - field.start
         channel = own // sites

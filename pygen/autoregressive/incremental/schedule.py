@@ -24,6 +24,7 @@ from pygen.autoregressive.incremental.fields import (
     Linear,
     Pointwise,
     Source,
+    increases,
 )
 
 NEVER = np.iinfo(np.int32).max  # the step of what nothing reads
@@ -243,7 +244,7 @@ def _fold(keep: np.ufunc, values: Array, source: Source, asked: Array) -> None:
         return
     part = asked[np.ix_(rows, columns)]
     to_rows, to_columns = source.rows[rows], source.columns[columns]
-    if len(np.unique(to_rows)) == len(rows) and len(np.unique(to_columns)) == len(columns):
+    if increases(to_rows) and increases(to_columns):
         place = np.ix_(to_rows, to_columns)
         values[place] = keep(values[place], part)
     else:
