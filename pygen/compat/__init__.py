@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_LIBRARIES = ("nflows", "normflows", "zuko")
+_LIBRARIES = ("nflows", "normflows", "transformers", "zuko")
 
 __all__ = [*_LIBRARIES]
 

@@ -56,7 +56,8 @@ class _Set:
 
 
 class Changes:
-    """Attributes set on modules, classes and objects, with what is needed to put them back, and the report of it.
+    """Attributes set on modules, classes and objects, and entries of dicts, with what is needed to put them back, and
+    the report of it.
 
     in_force: whether stand-ins installed by `function` and `method` act; where it is False they pass every call on to
     the original. So a reference to a stand-in that outlives `undo` is the original by another name.
@@ -265,14 +266,19 @@ def _submodules(owner: Any, name: str) -> dict[str, Any] | None:
 def _read(owner: Any, name: str) -> Any:
     if name == "__class__":
         return type(owner)
+    if isinstance(owner, dict):
+        return owner.get(name, _ABSENT)
     submodules = _submodules(owner, name)
     return (vars(owner) if submodules is None else submodules).get(name, _ABSENT)
 
 
 def _write(owner: Any, name: str, value: Any) -> None:
-    submodules = _submodules(owner, name)
+    submodules = owner if isinstance(owner, dict) else _submodules(owner, name)
     if value is _ABSENT:
-        delattr(owner, name)
+        if submodules is None:
+            delattr(owner, name)
+        else:
+            del submodules[name]
     elif submodules is not None:
         submodules[name] = value
     elif isinstance(owner, type | types.ModuleType):

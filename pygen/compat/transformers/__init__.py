@@ -1,0 +1,107 @@
+"""transformers' `generate` on pygen's kernels: `patch()` for the process, `convert(model)` for one model.
+
+from pygen.compat import transformers as drop_in
+
+with drop_in.patch():                       # its cache, attention and sampler
+    tokens = model.generate(**inputs)
+
+handle = drop_in.convert(model)             # and rotary embedding, appending and attending in one call
+print(handle)                               # what was replaced, and what was left with the reason
+
+model.set_attn_implementation("pygen")      # or its parts alone
+model.generate(**inputs, past_key_values=drop_in.Cache(model.config, window=1024, sinks=4, storage="int8"))
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pygen.compat import require
+
+require("transformers")
+
+from transformers import AttentionInterface, GenerationMixin, PreTrainedModel, masking_utils  # noqa: E402
+
+from pygen.compat.handle import Changes, Handle, Patch, qualified_name  # noqa: E402
+from pygen.compat.transformers import attention, generation, layers  # noqa: E402
+from pygen.compat.transformers.cache import Cache  # noqa: E402
+from pygen.compat.transformers.paged import PagedCache  # noqa: E402
+from pygen.compat.transformers.swapped import swapped  # noqa: E402
+
+__all__ = ["Cache", "PagedCache", "convert", "patch"]
+
+
+def convert(model: Any) -> Handle:
+    """Generate with a live model on pygen's kernels.
+
+    `generate` makes pygen's caches, attends by pygen's attention and draws by one kernel; attention layers like those
+    of Llama, Mistral, Qwen2 and Qwen3 turn, append and attend in one call; RMSNorm is one call. Parameters, hooks,
+    state dicts and the class that `isinstance` sees stay. Layers that are left are named, with the reason.
+
+    Returns:
+        A `Handle` that lists both and takes the change back (`undo()`, or the end of a `with`).
+
+    Raises:
+        TypeError: `model` is not a `PreTrainedModel`.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model is a {qualified_name(type(model))}, but expected a transformers.PreTrainedModel, whose attention "
+            "can be chosen"
+        )
+    changes = Changes()
+    for path, layer in model.named_modules():
+        stand_in = layers.stand_in(layer)
+        if stand_in is not None:
+            changes.report_replaced(qualified_name(type(layer)), qualified_name(stand_in), path)
+            changes.set(layer, "__class__", swapped(stand_in, type(layer)))
+        elif layers.is_attention(layer):
+            changes.report_left(qualified_name(type(layer)), layers.reason_to_leave(layer) or "", path)
+    _choose_attention(changes, model)
+    if isinstance(model, GenerationMixin) and not isinstance(model, generation.Generating):
+        changes.report_replaced(qualified_name(type(model)), qualified_name(generation.Generating), "")
+        changes.set(model, "__class__", swapped(generation.Generating, type(model)))
+    return Handle.of("pygen.compat.transformers.convert", changes)
+
+
+def _choose_attention(changes: Changes, model: PreTrainedModel) -> None:
+    configs = {id(part.config): (path, part.config) for path, part in model.named_modules()
+               if isinstance(part, PreTrainedModel)}  # fmt: skip
+    for path, config in configs.values():
+        if config._attn_implementation == "sdpa":
+            changes.set(config, "_attn_implementation_internal", attention.NAME)
+            changes.report_replaced("attention 'sdpa'", f"attention {attention.NAME!r}", path)
+        elif config._attn_implementation != attention.NAME:
+            changes.report_left(
+                f"attention {config._attn_implementation!r}",
+                "chosen by the user: it reads the keys that pygen's cache holds",
+                path,
+            )
+
+
+def _install(changes: Changes) -> None:
+    for interface, function in (
+        (AttentionInterface, attention.attention), (masking_utils.AttentionMaskInterface, attention.mask)
+    ):  # fmt: skip
+        functions = interface._global_mapping
+        original = functions["sdpa"]
+        changes.set(functions, "sdpa", function)
+        changes.report_replaced(qualified_name(original), qualified_name(function), "sdpa")
+    generation.install(changes)
+
+
+_patch = Patch("transformers", _install)
+
+
+def patch() -> Handle:
+    """Let `generate` of every model in this process use pygen's cache, attention and sampler.
+
+    Models keep what they are: attention "sdpa", transformers' default, goes to pygen's function, which leaves what no
+    pygen cache holds to transformers' own; `generate` makes `Cache(config)` where it would make a `DynamicCache` (or,
+    on the CPU, a `StaticCache`); tokens are drawn by `ops.sample_logits`, seeded by PyTorch's default generator.
+
+    Returns:
+        A `Handle`, also a context manager: `with pygen.compat.transformers.patch(): ...`. The last of nested patches to
+        end restores everything.
+    """
+    return _patch()

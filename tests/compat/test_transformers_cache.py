@@ -1,0 +1,253 @@
+"""pygen's caches in transformers' interface: what they hold, against transformers' own, and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers_cases import WINDOW, choose, greedy, model, padded, prompts, run_with
+
+from pygen.compat.transformers import Cache, PagedCache, convert, patch
+from pygen.compat.transformers.cache import Layer
+from pygen.compat.transformers.held import Held
+
+HEADS, WIDTH = 2, 4
+
+
+def _block(rows: int, length: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(rows, HEADS, length, WIDTH), torch.randn(rows, HEADS, length, WIDTH)
+
+
+def _same(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:
+    for held, expected in zip(ours, theirs, strict=True):
+        assert isinstance(held, Held)
+        assert held.shape == expected.shape
+        assert held.dtype == expected.dtype
+        assert torch.equal(held.clone(), expected)
+
+
+@settings(max_examples=60)
+@given(data=st.data(), window=st.sampled_from((None, 2, 5)), capacity=st.sampled_from((None, 60)))
+def test_a_layer_holds_what_transformers_layer_holds(data, window, capacity):
+    """Through any sequence of blocks, crops and choices of rows."""
+    torch.manual_seed(0)
+    rows = data.draw(st.integers(1, 3))
+    if window is None:
+        ours, theirs = Layer(capacity=capacity), DynamicLayer()
+    else:
+        ours, theirs = Layer(window=window, is_sliding=True), DynamicSlidingWindowLayer(window)
+    for _ in range(data.draw(st.integers(1, 8))):
+        action = data.draw(st.sampled_from(("update", "update", "crop", "reorder", "repeat", "select", "reset")))
+        length = theirs.get_seq_length()
+        if action == "update" and length < 50:
+            size = data.draw(st.integers(1, 9))
+            sizes = ours.get_mask_sizes(size)
+            block = _block(rows, size)
+            held = ours.update(*block)
+            full = theirs.update(*block)
+            if data.draw(st.booleans()):  # or it is read by the next call
+                _same(held, full)
+            assert sizes == (full[0].shape[2], length + size - sizes[0])
+        elif action == "crop" and length and window is None:
+            back = data.draw(st.integers(0, length - 1))
+            ours.crop(-back)
+            theirs.crop(-back)
+        elif action in ("reorder", "select") and length:
+            index = torch.tensor(data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=3)))
+            if action == "reorder":
+                ours.reorder_cache(index)
+                theirs.reorder_cache(index)
+            else:
+                ours.batch_select_indices(index)
+                theirs.batch_select_indices(index)
+            rows = len(index)
+        elif action == "repeat" and length and rows < 3:
+            ours.batch_repeat_interleave(2)
+            theirs.batch_repeat_interleave(2)
+            rows *= 2
+        elif action == "reset":
+            ours.reset()
+            theirs.reset()
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        if window is None and ours.get_seq_length():
+            assert torch.equal(ours.keys, theirs.keys)
+            assert torch.equal(ours.values, theirs.values)
+
+
+def test_tokens_taken_back_from_a_window_leave_the_window():
+    layer = Layer(window=5, is_sliding=True)
+    layer.activate_past_recording()
+    blocks = [_block(2, size) for size in (30, 7, 4)]
+    for block in blocks:
+        layer.update(*block)
+    layer.crop(-6)
+    assert layer.get_seq_length() == 35
+    keys = torch.cat([key for key, _ in blocks], 2)[:, :, :35]
+    assert torch.equal(layer.keys, keys[:, :, -4:])
+    more = _block(2, 2)
+    keys = torch.cat((keys, more[0]), 2)
+    assert torch.equal(layer.update(*more)[0].clone(), keys[:, :, -6:])
+
+
+def test_what_a_cache_says_of_itself():
+    config = model("qwen3").config
+    cache = Cache(config)
+    assert cache.is_sliding == [True, False]
+    assert (cache.get_max_length(), cache.get_max_length(0), cache.get_max_length(1)) == (WINDOW, WINDOW, -1)
+    assert Cache(model("llama").config, capacity=40).get_max_length() == 40
+    assert not cache.is_compileable
+    assert not cache.is_initialized
+    assert cache.is_croppable
+    assert (cache.get_seq_length(), cache.layers[0].keys) == (0, None)
+    assert repr(cache) == "Cache(layers=[Layer(window=8), Layer()])"
+    held, _ = cache.update(*_block(1, 3), 1)
+    assert repr(held) == "Held(keys of Layer(), (1, 2, 3, 4))"
+    lazy = Cache(capacity=9)
+    lazy.update(*_block(1, 3), 1)
+    assert len(lazy) == 2
+    with pytest.raises(NotImplementedError, match="cannot be offloaded"):
+        cache.layers[0].offload()
+
+
+@pytest.mark.parametrize("storage", ["int8", "fp8"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+def test_codes_give_nearly_the_same_logits(name, storage):
+    """By pygen's attention, which reads the codes, and by PyTorch's, which is given what they stand for."""
+    of, prompt, later = model(name), prompts(2, 12), prompts(2, 6, seed=1)
+    with torch.no_grad():
+        exact = of(torch.cat((prompt, later), 1)).logits[:, 12:]
+        found = []
+        for way in ("pygen", "sdpa"):
+            with choose(of, way):
+                cache = Cache(of.config, storage=storage)
+                of(prompt, past_key_values=cache)
+                found.append(torch.cat([of(later[:, i : i + 1], past_key_values=cache).logits for i in range(6)], 1))
+    if name != "mistral":  # where the block of a window is given to PyTorch as it came
+        torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4 * float(exact.abs().max()))
+    for logits in found:
+        error = (logits - exact).norm() / exact.norm()
+        assert 1e-6 < error < (0.05 if storage == "int8" else 0.2)
+
+
+@pytest.mark.parametrize("way", ["pygen", "convert"])
+def test_a_window_of_the_users_with_sinks_is_a_mask_of_both(way):
+    """With the places that keys had; after convert, with those that they have in the cache, which differ."""
+    of, tokens = model("llama"), prompts(2, 40)
+    place = torch.arange(40)
+    near = place[:, None] - place[None, :] < 6
+    seen = (place[:, None] >= place[None, :]) & (near | (place[None, :] < 3))
+    with torch.no_grad():
+        expected = of(tokens, attention_mask=seen[None, None].expand(2, 1, -1, -1)).logits
+        with choose(of, "pygen") if way == "pygen" else convert(of):
+            cache = Cache(of.config, window=6, sinks=3)
+            sizes = (5, 20, 1, 1, 7, 1, 5)
+            actual = torch.cat([of(part, past_key_values=cache).logits for part in tokens.split(sizes, 1)], 1)
+    if way == "pygen":
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    else:
+        torch.testing.assert_close(actual[:, :5], expected[:, :5], rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(actual[:, 30:], expected[:, 30:], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("way", ["patch", "convert"])
+def test_generation_goes_on_past_a_window_with_sinks(way):
+    of = model("llama")
+    with run_with(way, of):
+        cache = Cache(of.config, window=6, sinks=2, storage="int8")
+        tokens = greedy(of, **padded(prompts()), past_key_values=cache, max_new_tokens=60)
+    assert tokens.shape == (3, 81)
+    assert cache.get_seq_length() == 80
+
+
+def test_what_a_cache_cannot_be_is_refused():
+    llama, mistral = model("llama").config, model("mistral").config
+    for arguments, message in (
+        ({"config": llama, "sinks": 3}, "sinks is 3, but expected 0 without a window"),
+        ({"sinks": 3}, "sinks is 3, but expected 0 without a window"),
+        ({"config": mistral, "window": 4}, "window is 4, but expected None: all layers of the model have windows"),
+        ({"config": llama, "storage": "int4"}, "storage is 'int4', but expected 'int8', 'fp8' or a dtype"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Cache(**arguments)
+    with pytest.raises(ValueError, match="sinks is 1, but expected 0 in a layer whose model has a window"):
+        Layer(window=4, sinks=1, is_sliding=True)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written():
+    layer = Layer(capacity=6)
+    block = _block(2, 5)
+    layer.update(*block)
+    with pytest.raises(ValueError, match="^key_states has 2 tokens behind 5, but expected at most 6 in all"):
+        layer.update(*_block(2, 2))
+    assert torch.equal(layer.keys, block[0])
+    with pytest.raises(ValueError, match="^tokens_to_remove is 2, but expected 0, or less"):
+        layer.crop(2)
+    of = model("llama")
+    with choose(of, "pygen"), pytest.raises(ValueError, match=r"^key_states has 1 tokens behind 25"):
+        greedy(of, input_ids=prompts(), past_key_values=Cache(of.config, capacity=25))
+    wide = Layer()
+    wide.update(*block)
+    with pytest.raises(ValueError, match="has shape"):
+        wide.update(*_block(3, 1))[0].clone()
+
+
+def test_a_window_that_the_model_does_not_know_of_is_read_by_pygen_alone():
+    of = model("llama")
+    with pytest.raises(RuntimeError, match=r'expected model\.set_attn_implementation\("pygen"\)'):
+        greedy(of, input_ids=prompts(), past_key_values=Cache(of.config, window=6))
+
+
+def test_pages_are_shared_given_back_and_counted():
+    of, config = model("llama"), model("llama").config
+    cache = PagedCache(config, pages=40, page_size=4)
+    with patch():
+        expected = greedy(of, input_ids=prompts(1), num_beams=5)
+        assert torch.equal(greedy(of, input_ids=prompts(1), num_beams=5, past_key_values=cache), expected)
+        # Five beams of 40 tokens would be 50 pages apart; they share those of the prompt.
+        assert 40 - cache.pool.free_pages <= 5 + 5 * 6
+        cache.reset()
+        assert cache.pool.free_pages == 40
+        assert cache.get_seq_length() == 0
+        with pytest.raises(RuntimeError, match="page"):
+            greedy(of, input_ids=prompts(3), past_key_values=PagedCache(config, pages=15, page_size=4))
+    cache.update(*_block(2, 3), 0)
+    with pytest.raises(ValueError, match="^key_states has 3 rows, but expected 2, as the tokens before"):
+        cache.update(*_block(3, 1), 0)
+
+
+@settings(max_examples=20)
+@given(data=st.data())
+def test_a_paged_cache_holds_what_transformers_holds(data):
+    torch.manual_seed(0)
+    config = model("llama").config
+    ours, theirs = PagedCache(config, pages=200, page_size=2), DynamicCache(config=config)
+    rows = 2
+    for _ in range(data.draw(st.integers(1, 7))):
+        action = data.draw(st.sampled_from(("update", "update", "crop", "reorder", "repeat", "select")))
+        if action == "update" or not theirs.get_seq_length():
+            size = data.draw(st.integers(1, 5))
+            for layer in range(2):
+                block = _block(rows, size)
+                _same(ours.update(*block, layer), theirs.update(*block, layer))
+        elif action == "crop":
+            back = data.draw(st.integers(0, theirs.get_seq_length() - 1))
+            ours.crop(-back)
+            theirs.crop(-back)
+        elif action == "repeat" and rows < 4:
+            ours.batch_repeat_interleave(2)
+            theirs.batch_repeat_interleave(2)
+            rows *= 2
+        else:
+            index = torch.tensor(data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=4)))
+            change = "reorder_cache" if action == "reorder" else "batch_select_indices"
+            getattr(ours, change)(index)
+            getattr(theirs, change)(index)
+            rows = len(index)
+        for layer in range(2):
+            assert torch.equal(ours.layers[layer].keys, theirs.layers[layer].keys)
+            assert torch.equal(ours.layers[layer].values, theirs.layers[layer].values)
+    ours.reset()
+    assert ours.pool.free_pages == 200

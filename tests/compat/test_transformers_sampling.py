@@ -1,0 +1,155 @@
+"""Tokens drawn by one kernel for transformers' processors: their distribution, seeds, scores and errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from goodness import fit
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.generation import logits_process as processors
+from transformers_cases import NEW, VOCABULARY, greedy, model, prompts, run_with
+
+from pygen.compat.transformers import patch
+from pygen.compat.transformers.sampling import Sampler, Undrawn
+
+FILTERS: dict[str, dict[str, Any]] = {
+    "plain": {"top_k": 0},
+    "temperature": {"top_k": 0, "temperature": 0.7},
+    "top k": {"top_k": 7, "temperature": 1.4},
+    "top p": {"top_k": 0, "top_p": 0.8, "temperature": 1.5},
+    "both": {"top_k": 20, "top_p": 0.9, "temperature": 2.0},
+    "min p": {"top_k": 0, "min_p": 0.05, "temperature": 2.0},
+    "typical": {"top_k": 0, "typical_p": 0.7, "temperature": 2.0},
+    "repetition": {"top_k": 30, "repetition_penalty": 1.8},
+    "epsilon": {"top_k": 0, "epsilon_cutoff": 0.02, "temperature": 2.0},
+    "top h": {"top_k": 9, "top_h": 0.5, "temperature": 2.0},
+}
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+@pytest.mark.parametrize("way", ["patch", "convert"])
+def test_draws_have_transformers_distribution(way, filters):
+    of, prompt = model("llama"), prompts(1)
+    options = {"max_new_tokens": 2, "do_sample": True, **FILTERS[filters]}
+    reference = of.generate(prompt, **options, output_scores=True, return_dict_in_generate=True)
+    expected = reference.scores[0][0].softmax(0)
+    with run_with(way, of):
+        tokens = of.generate(prompt, **options, num_return_sequences=20_000)[:, prompt.shape[1]]
+    assert set(tokens.tolist()) <= set(expected.nonzero().squeeze(1).tolist())
+    assert fit(tokens, expected) > 1e-4
+
+
+def test_the_draw_does_what_transformers_have_a_processor_for():
+    """Nothing is left to run in Python, other than the processors that the kernel has not."""
+    config = GenerationConfig(
+        do_sample=True, temperature=0.5, top_k=9, top_p=0.9, min_p=0.1, typical_p=0.9, repetition_penalty=1.2,
+        suppress_tokens=[1], renormalize_logits=True, num_beams=1,
+    )  # fmt: skip
+    given = model("llama")._get_logits_processor(config, input_ids_seq_length=4, device="cpu")
+    assert len(given) == 8
+    assert Sampler(given, True).first == 0
+    cases = [
+        ([processors.TopPLogitsWarper(0.9), processors.TemperatureLogitsWarper(0.5)], 1),  # in another order
+        ([processors.TopKLogitsWarper(3, filter_value=-1e9)], 1),
+        ([processors.TopPLogitsWarper(0.9, min_tokens_to_keep=2), processors.MinPLogitsWarper(0.1)], 1),
+        ([processors.TemperatureLogitsWarper(0.5), processors.EpsilonLogitsWarper(0.1)], 2),
+        ([processors.TopKLogitsWarper(3), processors.TopKLogitsWarper(5)], 1),
+    ]
+    for processor_list, first in cases:
+        assert Sampler(processor_list, True).first == first
+
+
+class Banned(LogitsProcessor):
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.masked_fill(torch.arange(scores.shape[1]) % 2 == 0, -torch.inf)
+
+
+@pytest.mark.parametrize("way", ["patch", "convert"])
+def test_processors_of_the_users_own_run_as_they_are(way):
+    of, prompt = model("llama"), prompts(4)
+    own = LogitsProcessorList([Banned()])
+    with run_with(way, of):
+        drawn = of.generate(prompt, max_new_tokens=NEW, do_sample=True, logits_processor=own)
+        largest = greedy(of, input_ids=prompt, logits_processor=own)
+    assert bool((drawn[:, prompt.shape[1] :] % 2 == 1).all())
+    assert torch.equal(largest, greedy(of, input_ids=prompt, logits_processor=own))
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_scores_are_transformers_tensors(do_sample):
+    of, prompt = model("llama"), prompts(2)
+    options = {
+        "max_new_tokens": 5, "do_sample": do_sample, "output_scores": True, "return_dict_in_generate": True,
+        "repetition_penalty": 1.3, **({"top_k": 5, "temperature": 0.1} if do_sample else {}),
+    }  # fmt: skip
+    with patch():
+        actual = of.generate(prompt, **options)
+    forced = actual.sequences[:, : prompt.shape[1]]
+    expected = of.generate(forced, **options)
+    assert len(actual.scores) == 5
+    assert {type(scores) for scores in actual.scores} == {Tensor}
+    torch.testing.assert_close(actual.scores[0], expected.scores[0])
+    transitions = of.compute_transition_scores(actual.sequences, actual.scores, normalize_logits=True)
+    assert bool((transitions > -torch.inf).all())
+
+
+def test_a_softmax_or_an_argmax_of_anything_else_is_pytorchs():
+    scores = torch.randn(3, VOCABULARY)
+    sampler = Sampler([processors.TemperatureLogitsWarper(0.5)], True)
+    undrawn = sampler(prompts(3), scores)
+    assert isinstance(undrawn, Undrawn)
+    expected = scores / 0.5
+    for function in (
+        lambda x: x + 1,
+        lambda x: torch.argmax(x),
+        lambda x: torch.argmax(x, dim=0),
+        lambda x: torch.argmax(x, dim=-1, keepdim=True),
+        lambda x: torch.nn.functional.softmax(x, dim=0),
+        lambda x: torch.nn.functional.softmax(x, dim=-1, dtype=torch.float64),
+        lambda x: torch.nn.functional.softmax(x, dim=-1) * 2,
+        lambda x: x[1],
+        lambda x: torch.stack((x, x)),
+    ):
+        actual = function(undrawn)
+        assert type(actual) is Tensor
+        torch.testing.assert_close(actual, function(expected))
+    assert undrawn.shape == scores.shape
+    several = torch.multinomial(torch.nn.functional.softmax(undrawn, dim=-1), num_samples=2)
+    assert several.shape == (3, 2)
+
+
+def test_the_callers_seed_gives_the_tokens():
+    of, prompt = model("llama"), prompts(4)
+    with patch():
+        runs = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            runs += [of.generate(prompt, max_new_tokens=NEW, do_sample=True, temperature=2.0) for _ in range(2)]
+        assert torch.equal(runs[0], runs[2])
+        assert torch.equal(runs[1], runs[3])
+        assert not torch.equal(runs[0], runs[1])
+        assert not torch.equal(runs[0], runs[4])
+
+
+class Spoiled(LogitsProcessor):
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[1] == 23:
+            scores = scores.clone()
+            scores[[1, 3]] = self.value
+        return scores
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("way", ["patch", "convert"])
+def test_logits_without_a_token_are_refused_by_their_rows(way, do_sample, value):
+    own = LogitsProcessorList([Spoiled(value)])
+    of = model("llama")
+    with run_with(way, of), pytest.raises(ValueError, match=r"^logits of row 1, 3 .* in step 2,"):
+        of.generate(prompts(4), max_new_tokens=NEW, do_sample=do_sample, logits_processor=own)
