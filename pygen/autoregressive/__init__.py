@@ -2,8 +2,10 @@
 
 from pygen.autoregressive.blockwise import BlockwiseHeads, BlockwiseModel, blockwise_sample
 from pygen.autoregressive.fixed_point import fixed_point_sample
-from pygen.autoregressive.frontier import Samples
 from pygen.autoregressive.gated_pixelcnn import GatedPixelCNN, GatedPixelCNNConfig
+
+# Not lazily: a later import of the folder `incremental` would put the module where this function is expected.
+from pygen.autoregressive.incremental import ConversionError, Incremental, incremental
 from pygen.autoregressive.made import MADEConfig, MaskedAutoencoder
 from pygen.autoregressive.model import AutoregressiveConfig, AutoregressiveModel
 from pygen.autoregressive.palette import fit_palette
@@ -21,9 +23,11 @@ __all__ = [
     "AutoregressiveModel",
     "BlockwiseHeads",
     "BlockwiseModel",
+    "ConversionError",
     "DiagonalBiLSTM",
     "GatedPixelCNN",
     "GatedPixelCNNConfig",
+    "Incremental",
     "MADEConfig",
     "MaskedAutoencoder",
     "PixelCNN",
@@ -35,7 +39,6 @@ __all__ = [
     "PixelSNAILConfig",
     "PrefixState",
     "RowLSTM",
-    "Samples",
     "State",
     "Stepper",
     "TokenTransformer",
@@ -45,5 +48,6 @@ __all__ = [
     "blockwise_sample",
     "fit_palette",
     "fixed_point_sample",
+    "incremental",
     "speculative_sample",
 ]

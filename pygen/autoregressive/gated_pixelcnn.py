@@ -87,6 +87,7 @@ class GatedLayer(nn.Module):
 class GatedPixelCNN(AutoregressiveModel):
     """An exact probability of discrete pictures, and samples element by element; see `AutoregressiveModel`."""
 
+    convolutional = True
     config: GatedPixelCNNConfig
 
     def __init__(self, config: GatedPixelCNNConfig | None = None) -> None:

@@ -60,10 +60,6 @@ class MaskedAutoencoder(AutoregressiveModel):
         out = self.network(x.movedim(1, -1).flatten(1), condition)
         return cast("Tensor", out.unflatten(1, (self.length, self.vocabulary)))
 
-    def logits(self, x: Tensor, *, condition: Tensor | None = None) -> Tensor:
-        x = self.check_pictures(x)
-        return cast("Tensor", self(x, self.check_condition(condition, len(x))))
-
     @torch.no_grad()
     def start(
         self, n: int, *, condition: Tensor | None = None, guidance: float | None = None, length: int | None = None

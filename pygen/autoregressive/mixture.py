@@ -1,22 +1,22 @@
 """Pixels from a discretized mixture of logistics, whose parameters a network reads off the pixels before.
 
-A colour c with value x falls into its level with probability sum_m w_m [s((x + d - mu_m) / s_m) - s((x - d - mu_m) /
-s_m)], s the logistic function, d half a level; the lowest and the highest level reach to infinity. The components are
-the pixel's, the means of later colours are linear in the earlier ones, and w_m is the component's probability given
-these (Salimans et al. 2017, PixelCNN++, arXiv:1701.05517, eq. 1-3).
+The components are the pixel's; a colour is drawn from the component's logistic, rounded to a level, where the component
+has the probability that the earlier colours leave it, and they move its mean (Salimans et al. 2017, PixelCNN++,
+arXiv:1701.05517, eq. 1-3; `ops.discretized_logistics_log_prob`).
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pygen.autoregressive.model import AutoregressiveConfig, AutoregressiveModel
-
-_LEAST_LOG_SCALE = -7.0
+from pygen import ops
+from pygen.autoregressive.model import AutoregressiveConfig, AutoregressiveModel, Sampling
+from pygen.autoregressive.state import PrefixState, State
+from pygen.ops.logistics import level_log_prob
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,51 +43,111 @@ class MixtureConfig(AutoregressiveConfig):
 class MixtureModel(AutoregressiveModel):
     """An exact probability of discrete pictures, and samples element by element, by mixtures of logistics.
 
-    `forward` returns the parameters (n, parameters, height, width) of each pixel: `mixtures` logits, then for each
-    colour as many means, log-scales and, for three colours, coefficients of the earlier colours.
+    `forward` returns the parameters (n, parameters, height, width) of each pixel, as
+    `ops.discretized_logistics_log_prob` takes them. Elements are drawn from the mixture itself, by
+    `ops.sample_discretized_logistics`; with a temperature or a filter, from the logits of their levels.
     """
 
+    logistics = True
+    uniform_word = 2  # the first two words of a draw choose the component, the others the value
     config: MixtureConfig
 
     def logits(self, x: Tensor, *, condition: Tensor | None = None) -> Tensor:
         """(n, length, vocabulary) log-probabilities of each element given those before it, all at once."""
         x = self.check_pictures(x)
         parameters = self(x, self.check_condition(condition, len(x)))
-        return level_log_prob(x, parameters, self.config.levels).permute(0, 3, 4, 1, 2).flatten(1, 3)
+        by_level = level_log_prob(x, parameters, levels=self.config.levels)
+        return by_level.permute(0, 3, 4, 1, 2).flatten(1, 3)
+
+    def token_log_prob(self, tokens: Tensor, *, condition: Tensor | None = None) -> Tensor:
+        x = self.pictures(tokens)
+        parameters = self(x, self.check_condition(condition, len(x)))
+        return ops.discretized_logistics_log_prob(x, parameters, levels=self.config.levels).flatten(1).sum(1)
+
+    @torch.no_grad()
+    def start(
+        self, n: int, *, condition: Tensor | None = None, guidance: float | None = None, length: int | None = None
+    ) -> State:
+        self.check_start(n, guidance, length)
+        condition = self.check_condition(condition, n)
+        converted = self.converted()
+        if converted is not None:
+            return MixtureState(self, converted.start(n, condition=condition))
+        return MixtureState(self, PrefixState(self, n, condition, self._pixel_parameters))
+
+    def draw(self, logits: Tensor, state: State, how: Sampling, position: int) -> tuple[Tensor, Tensor]:
+        if how.filtered or not isinstance(state, MixtureState):
+            return super().draw(logits, state, how, position)
+        colours, levels = self.config.shape[0], self.config.levels
+        colour = position % colours
+        x = state.pixel()
+        drawn, log_prob = ops.sample_discretized_logistics(
+            state.parameters, seed=how.seed, sample_ids=how.ids, position=position - colour, colours=colours,
+            levels=levels, x=x, known=(torch.arange(colours, device=x.device) < colour).expand_as(x),
+        )  # fmt: skip
+        value = drawn[:, colour]
+        return torch.where(value.isnan(), -1, self.quantize(value.nan_to_num())), log_prob[:, colour]
+
+    def _pixel_parameters(self, tokens: Tensor, condition: Tensor | None) -> Tensor:
+        """The parameters of each token's pixel, (n, length, parameters)."""
+        parameters = self(self.pictures(tokens), condition).flatten(2).transpose(1, 2)
+        return parameters.repeat_interleave(self.config.shape[0], dim=1)  # type: ignore[no-any-return]
 
 
-def level_log_prob(x: Tensor, parameters: Tensor, levels: int) -> Tensor:
-    """log P(level | the colours before it at the pixel), (n, colours, levels, height, width), in nats.
+class MixtureState(State):
+    """The state of the network, which steps from pixel to pixel, and what is drawn of the pixels.
 
-    x: (n, colours, height, width), colours 1 or 3, in [-1, 1]. parameters: (n, 3 M or 10 M, height, width).
-
-    Arithmetic is in float32 (float64 for float64).
+    parameters: (rows, parameters) of the pixel whose element comes next. tokens: int64 (rows, length).
     """
-    colours = x.shape[1]
-    compute = torch.float64 if parameters.dtype == torch.float64 else torch.float32
-    x, parameters = x.to(compute), parameters.to(compute)
-    mixtures = parameters.shape[1] // (3 if colours == 1 else 10)
-    weight = parameters[:, :mixtures].log_softmax(1)
-    of_colours = parameters[:, mixtures:].unflatten(1, (colours, -1, mixtures))
-    level = torch.arange(levels - 1, device=x.device, dtype=compute)
-    # The upper end of every level but the last, as (levels - 1, 1, 1, 1) beside (n, 1, mixtures, height, width).
-    edges = ((2 * level + 1) / (levels - 1) - 1)[:, None, None, None]
-    found = []
-    for colour in range(colours):
-        mean, log_scale = of_colours[:, colour, 0], of_colours[:, colour, 1].clamp_min(_LEAST_LOG_SCALE)
-        for before in range(colour):
-            # Coefficients are those of green on red, blue on red and blue on green.
-            mean = mean + of_colours[:, colour + before - 1, 2].tanh() * x[:, before : before + 1]
-        inverse_scale = (-log_scale).exp()
-        at_edge = (edges - mean[:, None]) * inverse_scale[:, None]
-        below, above = F.logsigmoid(at_edge), F.logsigmoid(-at_edge)
-        # s(b) - s(a) = s(b) s(-a) (1 - e^(a - b)), where b - a is the same for every level but the two at the ends.
-        share = torch.log(-torch.expm1(-2 / (levels - 1) * inverse_scale))[:, None]
-        inner = below[:, 1:] + above[:, :-1] + share
-        by_component = torch.cat((below[:, :1], inner, above[:, -1:]), dim=1)
-        found.append((weight[:, None] + by_component).logsumexp(2) - weight[:, None].logsumexp(2))
-        if colour + 1 < colours:
-            own = ((x[:, colour].clamp(-1, 1) + 1) * ((levels - 1) / 2)).round().long()
-            index = own[:, None, None].expand(-1, -1, mixtures, -1, -1)
-            weight = weight + by_component.gather(1, index).squeeze(1)
-    return torch.stack(found, dim=1)
+
+    def __init__(self, model: MixtureModel, network: State) -> None:
+        super().__init__(network.rows, network.length)
+        self.model = model
+        self.network = network
+        self.tokens = torch.zeros(self.rows, self.length, dtype=torch.int64, device=model.device)
+        self.parameters = next(model.parameters()).new_zeros(self.rows, model.config.parameters)
+
+    def first(self) -> Tensor:
+        self.parameters = self.network.advance(None)
+        return self._logits(self.parameters[:, None], 0)[:, 0]
+
+    def feed(self, tokens: Tensor) -> Tensor:
+        begin, end = self.position, self.position + tokens.shape[1]
+        self.tokens[:, begin:end] = tokens
+        parameters = self.network.advance(tokens)
+        self.parameters = parameters[:, -1]
+        return self._logits(parameters, begin + 1)
+
+    def forget(self, position: int) -> None:
+        self.network.crop(position)
+
+    def copy(self) -> MixtureState:
+        other = copy.copy(self)
+        other.network = self.network.copy()
+        return other
+
+    def select(self, index: Tensor) -> None:
+        self.network.reorder(index)
+        index = index.to(self.tokens.device)
+        self.tokens, self.parameters = self.tokens[index], self.parameters[index]
+
+    def pixel(self) -> Tensor:
+        """The colours (rows, colours) in [-1, 1] of the pixel whose element comes next; those that are not there yet
+        are whatever."""
+        return self._pixels(self.position, 1)[..., 0]
+
+    def _pixels(self, begin: int, count: int) -> Tensor:
+        """The colours (rows, colours, count) of the pixels of the elements from `begin` on."""
+        colours = self.model.config.shape[0]
+        element = torch.arange(begin, begin + count, device=self.tokens.device)
+        index = element // colours * colours + torch.arange(colours, device=element.device)[:, None]
+        return self.model.dequantize(self.tokens[:, index])
+
+    def _logits(self, parameters: Tensor, begin: int) -> Tensor:
+        """The logits (rows, block, levels) of the elements from `begin` on, from (rows, block, parameters)."""
+        count, colours = parameters.shape[1], self.model.config.shape[0]
+        every = level_log_prob(
+            self._pixels(begin, count), parameters.transpose(1, 2), levels=self.model.config.levels
+        )  # (rows, colours, levels, block)
+        colour = torch.arange(begin, begin + count, device=every.device) % colours
+        return every.movedim(3, 0)[torch.arange(count, device=every.device), :, colour].transpose(0, 1)

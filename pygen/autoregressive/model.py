@@ -6,17 +6,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pygen import ops
+from pygen import _native, ops
+from pygen.autoregressive.incremental import Incremental, incremental
 from pygen.autoregressive.progress import Progress, Target
-from pygen.autoregressive.state import AnyState, PrefixState, State
+from pygen.autoregressive.state import PrefixState, State
 from pygen.model import Density, GenerativeModel, ModelConfig, Stage, refuse_steps
+from pygen.ops.kept import Kept
 from pygen.ops.noise import TOKEN_STREAM, philox_uniform_reference, signed_seed
+
+_CONVERTED: Kept[dict[tuple[int, ...], Incremental]] = Kept()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,15 +51,20 @@ class Sampling(NamedTuple):
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
     guidance: float | None = None
 
-    def draw(self, logits: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """Token number `position` of each sample, int64 (n,), and its log-probability (n,), from logits (n,
-        vocabulary); see `ops.sample_logits`."""
-        return ops.sample_logits(
-            logits, seed=self.seed, sample_ids=self.ids, position=position, temperature=self.temperature,
-            top_k=self.top_k, top_p=self.top_p,
-        )  # fmt: skip
+    @property
+    def filtered(self) -> bool:
+        """Whether the tokens' distribution is changed before they are drawn."""
+        return tuple(self.filters.values()) != (1.0, None, None, None, None)
+
+    @property
+    def filters(self) -> dict[str, Any]:
+        """The arguments of `ops.sample_logits` that change the distribution."""
+        names = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+        return {name: getattr(self, name) for name in names}
 
 
 class AutoregressiveModel(GenerativeModel):
@@ -64,11 +73,15 @@ class AutoregressiveModel(GenerativeModel):
     A token is an element of the picture, a grey level of one colour of one pixel, unless a model says otherwise. Tokens
     are numbered in the order in which they are drawn: i = (row * width + column) * channels + channel.
 
-    A recipe defines `forward`, or `logits` where the network's output has another layout; and where it has a cache,
+    A recipe defines `forward`, or `logits` where the network's output has another layout. Where the network is made of
+    masked convolutions, it samples through `incremental`, which computes each activation once; where not, it defines
     `start`.
     """
 
     density = Density.EXACT
+    convolutional: ClassVar[bool] = False  # whether `incremental` can convert it
+    logistics: ClassVar[bool] = False  # whether `forward` gives the parameters of mixtures in the place of logits
+    uniform_word: ClassVar[int] = 0  # of the noise of a token: the one that its value grows with
     config: AutoregressiveConfig
 
     @property
@@ -82,7 +95,8 @@ class AutoregressiveModel(GenerativeModel):
         return self.config.levels
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """The network: (n, channels * levels, height, width), the logits of the levels of each colour side by side.
+        """The network: (n, channels * levels, height, width), the logits of the levels of each colour side by side; or
+        (n, length, levels), those of each token.
 
         x: (n, channels, height, width), quantized, in [-1, 1]. condition: int64 (n,) labels, or None.
         """
@@ -91,8 +105,10 @@ class AutoregressiveModel(GenerativeModel):
     def logits(self, x: Tensor, *, condition: Tensor | None = None) -> Tensor:
         """(n, length, vocabulary) unnormalized log-probabilities of each token given those before it, all at once."""
         x = self.check_pictures(x)
-        out = self(x, self.check_condition(condition, len(x)))
-        by_colour: Tensor = out.unflatten(1, (self.config.shape[0], -1))
+        out: Tensor = self(x, self.check_condition(condition, len(x)))
+        if out.dim() == 3:
+            return out
+        by_colour = torch.unflatten(out, 1, (self.config.shape[0], -1))
         return by_colour.permute(0, 3, 4, 1, 2).flatten(1, 3)
 
     def token_logits(self, tokens: Tensor, *, condition: Tensor | None = None) -> Tensor:
@@ -127,6 +143,7 @@ class AutoregressiveModel(GenerativeModel):
         """log P(tokens | condition) in nats, (n,), of int64 tokens (n, length)."""
         return sequence_log_prob(self.token_logits(tokens, condition=condition), tokens)
 
+    @torch.no_grad()
     def start(
         self, n: int, *, condition: Tensor | None = None, guidance: float | None = None, length: int | None = None
     ) -> State:
@@ -142,7 +159,30 @@ class AutoregressiveModel(GenerativeModel):
         than the model's.
         """
         self.check_start(n, guidance, length)
-        return PrefixState(self, n, self.check_condition(condition, n))
+        condition = self.check_condition(condition, n)
+        converted = self.converted()
+        return PrefixState(self, n, condition) if converted is None else converted.start(n, condition=condition)
+
+    def converted(self, length: int | None = None) -> Incremental | None:
+        """The network as a program that computes each activation once, made anew when a parameter has changed; None
+        where there is none for this network, device and dtype.
+
+        length: of a sequence, where that is not the model's own to say.
+        """
+        parameters = [*self.parameters(), *self.buffers()]
+        served = self.device.type == "cpu" and parameters[0].dtype in (torch.float32, torch.float64)
+        if not self.convolutional or not served or _native.kernels_for(parameters[0]) is None:
+            return None
+        shape = self.config.shape if length in (None, self.length) else (1, 1, length or self.length)
+        with torch.no_grad():
+            by_shape = _CONVERTED.get(self, parameters, dict[tuple[int, ...], Incremental])
+            if shape not in by_shape:
+                condition = None if self.config.classes is None else torch.zeros(1, dtype=torch.int64)
+                # That these networks are causal, and convert, is for the tests: verifying takes some passes.
+                by_shape[shape] = incremental(
+                    self, shape, levels=self.config.levels, condition=condition, logistics=self.logistics, verify=False
+                )
+        return by_shape[shape]
 
     def check_start(self, n: int, guidance: float | None, length: int | None) -> None:
         """ValueError for a start that a model without guidance and of one length cannot make."""
@@ -156,7 +196,7 @@ class AutoregressiveModel(GenerativeModel):
             raise ValueError(f"length is {length}, but expected {self.length}, the tokens of a picture")
 
     @torch.no_grad()
-    def step(self, token: Tensor | None, state: AnyState) -> tuple[Tensor, AnyState]:
+    def step(self, token: Tensor | None, state: State) -> tuple[Tensor, State]:
         """Feed tokens, and get the logits of what comes after each; the state is changed in place, and returned.
 
         In `eval()`: dropout would differ from token to token.
@@ -181,12 +221,14 @@ class AutoregressiveModel(GenerativeModel):
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
+        typical_p: float | None = None,
         guidance: float | None = None,
         progress: Target = False,
     ) -> Tensor:
         """Draw n pictures, (n, channels, height, width) in [-1, 1]; see `GenerativeModel.sample`.
 
-        temperature, top_k, top_p: of each token's distribution, as in `ops.sample_logits`.
+        temperature, top_k, top_p, min_p, typical_p: of each token's distribution, as in `ops.sample_logits`.
         guidance: as in `start`.
         progress: True for a line on stderr, or a function called with how many tokens are drawn, of how many.
 
@@ -195,7 +237,7 @@ class AutoregressiveModel(GenerativeModel):
         refuse_steps(self, steps)
         return self.sample_with_log_prob(
             n, ids=ids, condition=condition, seed=seed, temperature=temperature, top_k=top_k, top_p=top_p,
-            guidance=guidance, progress=progress,
+            min_p=min_p, typical_p=typical_p, guidance=guidance, progress=progress,
         )[0]  # fmt: skip
 
     @torch.no_grad()
@@ -209,6 +251,8 @@ class AutoregressiveModel(GenerativeModel):
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
+        typical_p: float | None = None,
         guidance: float | None = None,
         progress: Target = False,
     ) -> tuple[Tensor, Tensor]:
@@ -216,7 +260,7 @@ class AutoregressiveModel(GenerativeModel):
         its `log_prob`, unless temperature, filters or guidance changed the distribution."""
         tokens, log_prob = self.sample_tokens(
             n, ids=ids, condition=condition, seed=seed, temperature=temperature, top_k=top_k, top_p=top_p,
-            guidance=guidance, progress=progress,
+            min_p=min_p, typical_p=typical_p, guidance=guidance, progress=progress,
         )  # fmt: skip
         return self.pictures(tokens), log_prob
 
@@ -232,6 +276,8 @@ class AutoregressiveModel(GenerativeModel):
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
+        typical_p: float | None = None,
         guidance: float | None = None,
         progress: Target = False,
     ) -> tuple[Tensor, Tensor]:
@@ -240,7 +286,9 @@ class AutoregressiveModel(GenerativeModel):
         length: as in `start`. The others are as for `sample`.
         """
         ids = self.resolve_ids(n, ids)
-        how = Sampling(ids, self.resolve_condition(ids, condition), seed, temperature, top_k, top_p, guidance)
+        how = Sampling(
+            ids, self.resolve_condition(ids, condition), seed, temperature, top_k, top_p, min_p, typical_p, guidance
+        )
         length = self.length if length is None else length
         tokens = torch.zeros(n, length, dtype=torch.int64, device=ids.device)
         return tokens, self.fill(tokens, None, how, progress)
@@ -257,6 +305,8 @@ class AutoregressiveModel(GenerativeModel):
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
+        typical_p: float | None = None,
         guidance: float | None = None,
         progress: Target = False,
     ) -> Tensor:
@@ -278,7 +328,9 @@ class AutoregressiveModel(GenerativeModel):
                 f"known has shape {tuple(known.shape)}, but expected one that broadcasts to {tuple(x.shape)}"
             ) from None
         ids = self.resolve_ids(len(x), ids)
-        how = Sampling(ids, self.resolve_condition(ids, condition), seed, temperature, top_k, top_p, guidance)
+        how = Sampling(
+            ids, self.resolve_condition(ids, condition), seed, temperature, top_k, top_p, min_p, typical_p, guidance
+        )
         tokens = self.tokens(x)
         self.fill(tokens, self.known_tokens(known), how, progress)
         return torch.where(known, self.dequantize(self.quantize(x)).to(x.dtype), self.pictures(tokens))
@@ -312,7 +364,7 @@ class AutoregressiveModel(GenerativeModel):
                 values = torch.where(self.lay_out(drawn), self.pictures(tokens), z)
                 stages.append(Stage(f"row {pixel // width + 1}, column {pixel % width + 1}", values))
 
-        self.fill(tokens, None, how, show)
+        self._step_through(tokens, None, how, show)
         return [*stages[:-1], Stage("X", stages[-1].values)]
 
     def network_passes(self, steps: int | None = None) -> int:
@@ -324,9 +376,28 @@ class AutoregressiveModel(GenerativeModel):
         width)."""
         return known.movedim(1, -1).flatten(1)
 
+    def draw(self, logits: Tensor, state: State, how: Sampling, position: int) -> tuple[Tensor, Tensor]:
+        """Token number `position` of each sample, int64 (n,), and its log-probability (n,), from logits (n,
+        vocabulary) that the state just gave; see `ops.sample_logits`."""
+        return ops.sample_logits(logits, seed=how.seed, sample_ids=how.ids, position=position, **how.filters)
+
     def fill(self, tokens: Tensor, known: Tensor | None, how: Sampling, progress: Target) -> Tensor:
         """Draw into `tokens` (n, length), in place, what is not `known`, bool (n, length); the log-probabilities of
         what was drawn, (n,). RuntimeError where logits were no distribution."""
+        converted = None if self.logistics and how.filtered else self.converted(tokens.shape[1])
+        if converted is not None and not how.guidance:
+            with Progress(progress, tokens.shape[1]) as report:
+                filled, log_prob = converted.fill(
+                    tokens, known, ids=how.ids, condition=how.condition, seed=how.seed,
+                    progress=(lambda done, _: report(done)) if progress else None,
+                    **({} if self.logistics else how.filters),
+                )  # fmt: skip
+            tokens.copy_(filled)
+            return log_prob
+        return self._step_through(tokens, known, how, progress)
+
+    def _step_through(self, tokens: Tensor, known: Tensor | None, how: Sampling, progress: Target) -> Tensor:
+        """`fill`, step by step."""
         with Progress(progress, tokens.shape[1]) as report:
             total = self._draw_tokens(tokens, known, how, report)
         broken = total.isnan()
@@ -348,7 +419,7 @@ class AutoregressiveModel(GenerativeModel):
         for position in range(length):
             if not given[position]:
                 logits, state = self.step(tokens[:, state.position : position] if position else None, state)
-                token, log_prob = how.draw(logits[:, -1] if position else logits, position)
+                token, log_prob = self.draw(logits[:, -1] if position else logits, state, how, position)
                 total += log_prob if known is None else torch.where(known[:, position], 0.0, log_prob)
                 # A row without a distribution goes on with some token, and is reported at the end.
                 token = token.clamp_min(0)
@@ -357,10 +428,10 @@ class AutoregressiveModel(GenerativeModel):
         return total
 
     def _uniforms(self, ids: Tensor, seed: int) -> Tensor:
-        """2 u - 1 of the numbers u that `ops.sample_logits` draws with, laid out as pictures."""
+        """2 u - 1 of the numbers u in [0, 1) that the tokens are drawn with, laid out as pictures."""
         position = torch.arange(self.length, device=ids.device)
         seeds = ids.new_tensor(signed_seed(seed))
-        u = philox_uniform_reference(seeds, ids[:, None], TOKEN_STREAM, position, ids.new_tensor(0))
+        u = philox_uniform_reference(seeds, ids[:, None], TOKEN_STREAM, position, ids.new_tensor(self.uniform_word))
         return (2 * self.lay_out(u) - 1).to(next(self.parameters()).dtype)
 
 

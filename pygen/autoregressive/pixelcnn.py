@@ -68,6 +68,7 @@ class MaskedBlock(nn.Module):
 class PixelCNN(AutoregressiveModel):
     """An exact probability of discrete pictures, and samples element by element; see `AutoregressiveModel`."""
 
+    convolutional = True
     config: PixelCNNConfig
 
     def __init__(self, config: PixelCNNConfig | None = None) -> None:

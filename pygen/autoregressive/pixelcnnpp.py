@@ -78,6 +78,7 @@ class Rescale(nn.Module):
 class PixelCNNPP(MixtureModel):
     """An exact probability of discrete pictures, and samples element by element; see `AutoregressiveModel`."""
 
+    convolutional = True
     config: PixelCNNPPConfig
 
     def __init__(self, config: PixelCNNPPConfig | None = None) -> None:

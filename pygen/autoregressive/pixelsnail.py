@@ -78,6 +78,7 @@ class AttentionBlock(nn.Module):
 class PixelSNAIL(MixtureModel):
     """An exact probability of discrete pictures, and samples element by element; see `AutoregressiveModel`."""
 
+    convolutional = True
     config: PixelSNAILConfig
     place: Tensor
     seen: Tensor

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
@@ -124,9 +125,6 @@ class State(ABC):
         self.rows = len(index)
 
 
-AnyState = TypeVar("AnyState", bound=State)
-
-
 class Stepper(Protocol):
     """Whatever can be sampled token by token: what speculative, blockwise and fixed-point sampling ask of a model."""
 
@@ -141,7 +139,7 @@ class Stepper(Protocol):
     def start(self, n: int, *, condition: Tensor | None = None) -> State:
         """A state of n rows that no token has been fed to."""
 
-    def step(self, token: Tensor | None, state: AnyState) -> tuple[Tensor, AnyState]:
+    def step(self, token: Tensor | None, state: State) -> tuple[Tensor, State]:
         """Feed tokens, and get the logits of what comes after each; the state is changed in place, and returned.
 
         token: int64 (rows,), or (rows, block) for several at once; None, at position 0, for the logits of the first.
@@ -154,26 +152,31 @@ class PrefixState(State):
     """The tokens themselves, and the whole network again for each step: for models and devices without a cache.
 
     tokens: int64 (rows, length), zero where none was fed yet. condition: int64 (rows,), or None.
+    outputs: of tokens (rows, length) and the condition, for each token what it is drawn from, (rows, length, ...); by
+        default its logits.
     """
 
-    def __init__(self, model: AutoregressiveModel, rows: int, condition: Tensor | None) -> None:
+    def __init__(
+        self,
+        model: AutoregressiveModel,
+        rows: int,
+        condition: Tensor | None,
+        outputs: Callable[[Tensor, Tensor | None], Tensor] | None = None,
+    ) -> None:
         super().__init__(rows, model.length)
-        self.model = model
         self.condition = condition
+        self._outputs = outputs or (lambda tokens, condition: model.token_logits(tokens, condition=condition))
         self.tokens = torch.zeros(rows, model.length, dtype=torch.int64, device=model.device)
 
     def first(self) -> Tensor:
-        return self._logits()[:, 0]
+        return self._outputs(self.tokens, self.condition)[:, 0]
 
     def feed(self, tokens: Tensor) -> Tensor:
         end = self.position + tokens.shape[1]
         self.tokens[:, self.position : end] = tokens
-        return self._logits()[:, self.position + 1 : end + 1]
+        return self._outputs(self.tokens, self.condition)[:, self.position + 1 : end + 1]
 
     def select(self, index: Tensor) -> None:
         self.tokens = self.tokens[index.to(self.tokens.device)]
         if self.condition is not None:
             self.condition = self.condition[index.to(self.condition.device)]
-
-    def _logits(self) -> Tensor:
-        return self.model.token_logits(self.tokens, condition=self.condition)

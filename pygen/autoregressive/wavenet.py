@@ -78,6 +78,7 @@ class WaveNet(AutoregressiveModel):
     its samples, and `pictures` makes sound of them.
     """
 
+    convolutional = True
     config: WaveNetConfig
 
     def __init__(self, config: WaveNetConfig | None = None) -> None:
@@ -94,7 +95,7 @@ class WaveNet(AutoregressiveModel):
         nn.init.zeros_(self.head.weight)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """(n, levels, length): the logits of each element in raster order; x as for `AutoregressiveModel.forward`."""
+        """(n, length, levels): the logits of each element in raster order; x as for `AutoregressiveModel.forward`."""
         sequence = x.movedim(1, -1).flatten(1)[:, None]
         # Two zeros before the sequence and no last sample: the result at t depends on the samples t - 2 and t - 1.
         state = self.first(F.pad(sequence, (2, 0))[:, :, :-1])
@@ -105,12 +106,8 @@ class WaveNet(AutoregressiveModel):
         return self.to_logits(cast("Tensor", total))
 
     def to_logits(self, total: Tensor) -> Tensor:
-        """(n, skip, length) to (n, levels, length)."""
-        return cast("Tensor", self.head(F.relu(self.hidden(F.relu(total)))))
-
-    def logits(self, x: Tensor, *, condition: Tensor | None = None) -> Tensor:
-        x = self.check_pictures(x)
-        return self(x, self.check_condition(condition, len(x))).transpose(1, 2)  # type: ignore[no-any-return]
+        """(n, skip, length) to (n, length, levels)."""
+        return cast("Tensor", self.head(F.relu(self.hidden(F.relu(total)))).transpose(1, 2))
 
     def loss(self, x: Tensor, *, player: str = "model", condition: Tensor | None = None) -> Tensor:
         """The mean negative log-likelihood in nats per token, of sound of any length."""
@@ -131,7 +128,11 @@ class WaveNet(AutoregressiveModel):
     ) -> State:
         free = self.config.shape[:2] == (1, 1) and length is not None
         self.check_start(n, guidance, None if free else length)
-        return WaveNetState(self, n, self.check_condition(condition, n), length if length and free else self.length)
+        condition, length = self.check_condition(condition, n), length if free else self.length
+        converted = self.converted(length)
+        if converted is not None:
+            return converted.start(n, condition=condition)
+        return WaveNetState(self, n, condition, cast("int", length))
 
 
 class WaveNetState(State):
@@ -177,4 +178,4 @@ class WaveNetState(State):
             kept[:, :, dilation + begin : dilation + end] = state
             state, skip = layer(kept[:, :, begin : dilation + end], self.condition)
             total = skip if total is None else total + skip
-        return self.model.to_logits(cast("Tensor", total)).transpose(1, 2)
+        return self.model.to_logits(cast("Tensor", total))

@@ -81,6 +81,26 @@ def discretized_logistics_log_prob_reference(x: Tensor, parameters: Tensor, *, l
     return joint.logsumexp(1)
 
 
+def level_log_prob(x: Tensor, parameters: Tensor, *, levels: int = 256) -> Tensor:
+    """log P(level | the colours before it at the pixel) of every level, (n, colours, levels, ...), in nats.
+
+    x, parameters: as for `discretized_logistics_log_prob`, whose sum over the colours this is at the levels of x. It is
+    in plain PyTorch: for decoding that compares all levels, such as with a temperature.
+    """
+    _check_count(x.shape[1], parameters.shape[1], levels)
+    colours, event = x.shape[1], (1,) * (x.dim() - 2)
+    logits, means, log_scales, coefficients = _split(parameters, colours)
+    value = x.to(logits.dtype)
+    grid = torch.arange(levels, device=x.device, dtype=logits.dtype) * (2 / (levels - 1)) - 1
+    joint, found = logits.log_softmax(1), []
+    for c in range(colours):
+        mean, log_scale = _means(means, coefficients, value, c), log_scales[:, c]
+        every = _log_interval(grid.view(-1, 1, *event), mean[:, None], log_scale[:, None], levels)
+        found.append((joint[:, None] + every).logsumexp(2) - joint.logsumexp(1, keepdim=True))
+        joint = joint + _log_interval(value[:, c : c + 1], mean, log_scale, levels)
+    return torch.stack(found, 1)
+
+
 @_native.register_fake("discretized_logistics_forward")
 def _forward_fake(x: Tensor, parameters: Tensor, levels: int) -> Tensor:
     dtype = torch.float64 if parameters.dtype == torch.float64 else torch.float32

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pygen.autoregressive.mixture import level_log_prob
+from pygen.ops.logistics import level_log_prob
 
 
 def definition(x: Tensor, parameters: Tensor, levels: int, mixtures: int) -> Tensor:
@@ -42,7 +42,7 @@ def test_levels_have_the_probability_of_the_definition(colours: int, levels: int
     parameters = torch.randn(2, count, 1, 3, generator=generator, dtype=torch.float64)
     k = torch.randint(levels, (2, colours, 1, 3), generator=generator)
     x = 2 * k.double() / (levels - 1) - 1
-    by_level = level_log_prob(x, parameters, levels)
+    by_level = level_log_prob(x, parameters, levels=levels)
     torch.testing.assert_close(by_level.exp().sum(2), torch.ones_like(x), atol=1e-12, rtol=0)
     chosen = by_level.gather(2, k[:, :, None]).squeeze(2)
     for row in range(2):
@@ -56,6 +56,6 @@ def test_levels_have_the_probability_of_the_definition(colours: int, levels: int
 def test_no_parameter_is_too_extreme(size: float, error: float) -> None:
     parameters = torch.randn(64, 100, 1, 1) * size
     x = (2 * torch.randint(256, (64, 3, 1, 1)) / 255 - 1).float()
-    by_level = level_log_prob(x, parameters, 256)
+    by_level = level_log_prob(x, parameters, levels=256)
     assert not by_level.isnan().any()
     torch.testing.assert_close(by_level.exp().sum(2), torch.ones_like(x), atol=error, rtol=0)
