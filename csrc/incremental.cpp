@@ -377,7 +377,9 @@ struct Cpu {
     const Advancing<T> all(program, inputs, log_prob, logits);
     const int64_t limit = thread_limit(), torch_threads = torch::stable::get_num_threads();
     const int64_t threads = limit > 0 ? std::min(limit, torch_threads) : torch_threads;
-    const int64_t block = std::clamp<int64_t>((all.n + threads - 1) / threads, 1, kMostSamples);
+    // As many blocks for each thread, of as many samples.
+    const int64_t rounds = (all.n + threads * kMostSamples - 1) / (threads * kMostSamples);
+    const int64_t block = (all.n + threads * rounds - 1) / (threads * rounds);
     const int64_t blocks = (all.n + block - 1) / block;
     // Each weight is used about once a site.
     const int64_t cost = (inputs.end - inputs.begin) * (1000 + inputs.weights.numel() / 16) * block;

@@ -247,6 +247,14 @@ def test_a_converted_network_keeps_the_weights_that_it_was_made_with() -> None:
     assert relative(again.logits(tokens), outputs(case, again, tokens, None)) < 1e-5
 
 
+def test_converts_and_draws_in_inference_mode() -> None:
+    case, net = converted("gated, classes")
+    with torch.inference_mode():
+        again = incremental(case.model, case.shape, levels=case.levels, **case.options)
+        condition = torch.tensor([2, 0])
+        assert torch.equal(again.sample(2, condition=condition)[0], net.sample(2, condition=condition)[0])
+
+
 def test_zero_weights_read_nothing_and_all_shapes_convert() -> None:
     for shape in ((1, 1, 1), (1, 1, 5), (1, 5, 1), (1, 3, 8)):
         model = PlainPixelCNN(4, 3).eval()
