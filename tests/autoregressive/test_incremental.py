@@ -300,6 +300,11 @@ class Wide(nn.Module):
         return F.scaled_dot_product_attention(q, q, q).transpose(1, 2).view(n, c, h, w)
 
 
+class Turned(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., :4] + x[..., :4].transpose(2, 3)
+
+
 @pytest.mark.parametrize(
     ("then", "message"),
     [
@@ -314,6 +319,7 @@ class Wide(nn.Module):
         (Sorted(), r"then \(Sorted\) cannot be converted: aten.sort.default: this operation is not supported"),
         (Peeking(), r"then \(Peeking\) cannot be converted"),
         (Wide(), "not causal"),
+        (Turned(), r"then \(Turned\) cannot be converted"),
     ],
 )  # fmt: skip
 def test_refuses_what_it_cannot_convert_and_names_it(then: nn.Module, message: str) -> None:

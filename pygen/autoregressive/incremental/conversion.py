@@ -81,25 +81,29 @@ def incremental(
         shape[0], *(1,) * (3 - len(shape)), *shape[1:]
     )  # fmt: skip
     picture = Geometry(channels, height, width)
-    sequence = Geometry(1, 1, picture.length)
     call = forward or model
     parameter = next(iter([*model.parameters(), *model.buffers()]), torch.zeros(()))
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     own = values if values.dtype == torch.int64 else values.to(dtype)
     example = own.to(parameter.device)[torch.arange(picture.length, device=parameter.device) % levels]
-    example = example.reshape(1, *shape)
-    whole = torch.arange(picture.length).view(channels, height, width)
-    converted = None
-    for geometry in (picture, sequence):
-        grid = whole if geometry is picture else whole.permute(1, 2, 0).reshape(1, 1, -1)
+
+    def follow(geometry: Geometry) -> tuple[Traced, list[Draw]]:
+        places = torch.arange(picture.length).view(channels, height, width)
+        if geometry is not picture:
+            places = places.permute(1, 2, 0).reshape(1, 1, -1)
+        traced = trace(model, call, example.reshape(1, *shape), condition, places)
+        return traced, _draws(traced, picture, geometry, levels, logistics)
+
+    geometry = picture
+    try:
+        traced, draws = follow(geometry)
+    except NotSeparable as error:
+        # It may flatten the picture first, to read it as a sequence; if that is not it, the first reason is the reason.
+        geometry = Geometry(1, 1, picture.length)
         try:
-            traced = trace(model, call, example, condition, grid)
-            draws = _draws(traced, picture, geometry, levels, logistics)
-            break
+            traced, draws = follow(geometry)
         except NotSeparable:
-            # A network that flattens the picture first, to read it as a sequence.
-            if geometry is sequence or geometry == sequence:
-                raise
+            raise error from None
     sources = [draw.source for draw in draws]
     fields = fuse(traced.network.fields, sources)
     encoded = Encoder(Schedule(fields, draws, geometry), len(draws[0].source.channels), dtype).encode()

@@ -281,8 +281,6 @@ class Network:
         y, x = divmod(place, width)
         field = self.fields[bisect.bisect_right(self._starts, int(first[y, x])) - 1]
         sites = field.height * field.width
-        own = first[y, x] - field.start
-        channel = own // sites
 
         def maps(line: Array, divide: bool) -> Array:
             inside = (line >= field.start) & (line < field.start + field.size)
@@ -299,7 +297,6 @@ class Network:
             part = slice(start, start + 64)
             base = field.start + of_channel[part, None, None] * sites
             same[part] = (ids[candidates[part]] == np.where(shape >= 0, base + shape, ZERO)).all((1, 2))
-        assert channel >= 0
         return Source(field, of_channel[same], rows, columns), candidates[same]
 
 
