@@ -36,8 +36,9 @@ def eager(x: Tensor, parameters: Tensor) -> Tensor:
     return log_prob.logsumexp(1)
 
 
-def eager_draw(parameters: Tensor) -> Tensor:
-    """A component by Gumbel's trick, then the colours by the inverse of the logistic distribution."""
+def eager_draw(parameters: Tensor) -> tuple[Tensor, Tensor]:
+    """A component by Gumbel's trick, then the colours by the inverse of the logistic distribution; and the probability
+    of what was drawn."""
     logits, rest = parameters[:, :MIXTURES], parameters[:, MIXTURES:].unflatten(1, (3, 3, MIXTURES))
     gumbel = -(-torch.rand_like(logits).log()).log()
     chosen = (logits + gumbel).argmax(1)[:, None, None, None].expand(-1, 3, 3, 1)
@@ -48,7 +49,8 @@ def eager_draw(parameters: Tensor) -> Tensor:
     red = (mean[:, 0] + noise[:, 0]).clamp(-1, 1)
     green = (mean[:, 1] + noise[:, 1] + c[:, 0] * red).clamp(-1, 1)
     blue = (mean[:, 2] + noise[:, 2] + c[:, 1] * red + c[:, 2] * green).clamp(-1, 1)
-    return torch.stack((red, green, blue), 1)
+    x = ((torch.stack((red, green, blue), 1) + 1) * 127.5).round() / 127.5 - 1
+    return x, eager(x, parameters)
 
 
 def cases(device: torch.device) -> Iterator[Case]:

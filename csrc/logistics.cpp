@@ -41,10 +41,11 @@ struct Planes {
   T* by_x(int c, int k) const { return to_x + (c * mixtures + k) * kLanes; }
 };
 
-// Adds log P_kc of one colour to `joint`; with kGradient, its derivatives take the place of the mean and the log scale.
+// Adds log P_kc of one colour to `joint`; with kGradient, its derivatives take the place of the mean and the log scale,
+// and that by x goes to `to_x`.
 template <bool kGradient, class T>
 PYGEN_CLONES void colour_rows(const T* __restrict x, T* __restrict mean, T* __restrict log_scale, T half,
-                              T* __restrict joint) {
+                              T* __restrict joint, T* __restrict to_x) {
 #pragma omp simd
   for (int64_t i = 0; i < kLanes; ++i) {
     const Interval<T> at = logistics::interval<kGradient>(x[i], mean[i], log_scale[i], half);
@@ -52,6 +53,7 @@ PYGEN_CLONES void colour_rows(const T* __restrict x, T* __restrict mean, T* __re
     if constexpr (kGradient) {
       mean[i] = at.by_mean;
       log_scale[i] = at.by_log_scale;
+      to_x[i] = -at.by_mean;
     }
   }
 }
@@ -77,12 +79,6 @@ PYGEN_CLONES void unshift_rows(const T* __restrict x, const T* __restrict to_mea
     to_x[i] += c * to_mean[i];
     coefficient[i] = to_mean[i] * x[i] * (T(1) - c * c);
   }
-}
-
-template <class T>
-PYGEN_CLONES void negate_rows(const T* __restrict from, T* __restrict to) {
-#pragma omp simd
-  for (int64_t i = 0; i < kLanes; ++i) to[i] = -from[i];
 }
 
 // log sum_k e^{values_k}. A NaN does not become the peak: it shows in the sum.
@@ -117,16 +113,23 @@ PYGEN_CLONES void weigh_rows(const T* __restrict joint, const T* __restrict log_
   }
 }
 
+// Multiplies `count` arrays, `apart` from one to the next.
 template <class T>
-PYGEN_CLONES void scale_rows(const T* __restrict weight, T* __restrict values) {
+PYGEN_CLONES void scale_rows(const T* __restrict weight, int count, int64_t apart, T* __restrict values) {
+  for (int k = 0; k < count; ++k) {
 #pragma omp simd
-  for (int64_t i = 0; i < kLanes; ++i) values[i] *= weight[i];
+    for (int64_t i = 0; i < kLanes; ++i) values[k * apart + i] *= weight[i];
+  }
 }
 
+// Adds as many to `count` sums that lie together.
 template <class T>
-PYGEN_CLONES void add_rows(const T* __restrict weight, const T* __restrict values, T* __restrict sum) {
+PYGEN_CLONES void add_rows(const T* __restrict weight, const T* __restrict values, int count, int64_t apart,
+                           T* __restrict sums) {
+  for (int k = 0; k < count; ++k) {
 #pragma omp simd
-  for (int64_t i = 0; i < kLanes; ++i) sum[i] += weight[i] * values[i];
+    for (int64_t i = 0; i < kLanes; ++i) sums[k * kLanes + i] += weight[i] * values[k * apart + i];
+  }
 }
 
 template <bool kGradient, class T>
@@ -138,9 +141,8 @@ void join_components(const T* x, const Planes<T>& planes, T half) {
       T* const mean = planes.mean(c, k);
       if (c >= 1) shift_rows(x, planes.coefficient(c == 1 ? 0 : 1, k), mean);
       if (c == 2) shift_rows(x + kLanes, planes.coefficient(2, k), mean);
-      colour_rows<kGradient>(x + c * kLanes, mean, planes.log_scale(c, k), half, joint);
+      colour_rows<kGradient>(x + c * kLanes, mean, planes.log_scale(c, k), half, joint, planes.by_x(c, k));
       if constexpr (kGradient) {
-        negate_rows(mean, planes.by_x(c, k));
         if (c >= 1) unshift_rows(x, mean, planes.coefficient(c == 1 ? 0 : 1, k), planes.by_x(0, k));
         if (c == 2) unshift_rows(x + kLanes, mean, planes.coefficient(2, k), planes.by_x(1, k));
       }
@@ -155,12 +157,10 @@ void weigh_components(const Planes<T>& planes, const T* log_joint, const T* log_
   std::fill(grad_x, grad_x + planes.colours * kLanes, T(0));
   for (int k = 0; k < planes.mixtures; ++k) {
     weigh_rows(planes.joint + k * kLanes, log_joint, log_prior, grad, planes.logit(k), weight);
-    for (int c = 0; c < planes.colours; ++c) {
-      add_rows(weight, planes.by_x(c, k), grad_x + c * kLanes);
-      scale_rows(weight, planes.mean(c, k));
-      scale_rows(weight, planes.log_scale(c, k));
-      if (planes.colours == 3) scale_rows(weight, planes.coefficient(c, k));
-    }
+    const int64_t apart = planes.mixtures * kLanes;
+    add_rows(weight, planes.by_x(0, k), planes.colours, apart, grad_x);
+    // All that is left of a component: its parameters of one kind are as far apart as those of the next.
+    scale_rows(weight, static_cast<int>(planes.count() / planes.mixtures) - 1, apart, planes.mean(0, k));
   }
 }
 
@@ -260,29 +260,9 @@ std::tuple<Tensor, Tensor> discretized_logistics_backward(const Tensor& x, const
   return {grad_x, grad_parameters};
 }
 
-template <class Stored, class T>
-PYGEN_CLONES void draw_rows(const Draws<Stored, T>& draws, int64_t from, int64_t to, T* scratch) {
-  for (int64_t row = from; row < to; ++row) draws.draw(row, scratch);
-}
-
-std::tuple<Tensor, Tensor> discretized_logistics_sample(const Tensor& parameters, const Tensor& sample_ids,
-                                                        int64_t seed, std::optional<Tensor> seeds, int64_t position,
-                                                        std::optional<Tensor> positions, int64_t colours,
-                                                        int64_t levels, std::optional<Tensor> x,
-                                                        std::optional<Tensor> known) {
-  return draw_pixels(parameters, sample_ids, seed, seeds, position, positions, colours, levels, x, known,
-                     [&]<class Stored, class T>(const Draws<Stored, T>& draws) {
-                       parallel(draws.rows, 20 * draws.mixtures * colours, [&](int64_t from, int64_t to) {
-                         const std::unique_ptr<T[]> scratch(new T[static_cast<size_t>(draws.scratch_size())]);
-                         draw_rows(draws, from, to, scratch.get());
-                       });
-                     });
-}
-
 STABLE_TORCH_LIBRARY_IMPL(pygen, CPU, library) {
   library.impl("discretized_logistics_forward", TORCH_BOX(&discretized_logistics_forward));
   library.impl("discretized_logistics_backward", TORCH_BOX(&discretized_logistics_backward));
-  library.impl("discretized_logistics_sample", TORCH_BOX(&discretized_logistics_sample));
 }
 
 }  // namespace

@@ -35,18 +35,33 @@ PYGEN_INLINE T bounded_log_scale(T log_scale) {
   return scalar::at_least(scalar::at_most(log_scale, T(kHighestLogScale)), T(kLowestLogScale));
 }
 
-// 1 - e^{-d} for d >= 0, to rounding however small d is.
-PYGEN_INLINE float mass_within(float d) {
-  float p = 1.98412698e-4f;
-  p = 1.38888889e-3f - p * d;
-  p = 8.33333333e-3f - p * d;
-  p = 4.16666667e-2f - p * d;
-  p = 1.66666667e-1f - p * d;
-  p = 0.5f - p * d;
-  const float small = d - d * d * p, large = 1.0f - scalar::exp(-d);
-  return scalar::pick(d < 0.5f, small, large);
+// e^x, or e^x - 1 to rounding however small x is, for x in [-87, 88], where 2^n is one normal number: as scalar::exp,
+// without the care that it takes outside.
+template <bool kMinusOne>
+PYGEN_INLINE float normal_exp(float x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
+  const float shifted = x * 1.44269504f + kRound;
+  const float n = shifted - kRound;
+  const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  float p = 0.0013942160876467824f;
+  p = p * r + 0.008363775908946991f;
+  p = p * r + 0.041666362434625626f;
+  p = p * r + 0.16666573286056519f;
+  p = p * r + 0.5f;
+  const float rest = r + r * r * p;  // e^r - 1
+  const float scale = scalar::float_of((scalar::bits_of(shifted) - scalar::bits_of(kRound) + 127u) << 23);
+  return kMinusOne ? scale * rest + (scale - 1.0f) : scale * rest + scale;
 }
-PYGEN_INLINE double mass_within(double d) { return -::expm1(-d); }
+template <bool kMinusOne>
+PYGEN_INLINE double normal_exp(double x) {
+  return kMinusOne ? ::expm1(x) : ::exp(x);
+}
+
+// e^{-|x|}; where that is below 1e-38 it stays there.
+template <class T>
+PYGEN_INLINE T decay(T x) {
+  return normal_exp<false>(scalar::at_least(-scalar::abs(x), T(-87)));
+}
 
 // log P_kc, and its derivatives by the mean and by the log scale.
 template <class T>
@@ -58,29 +73,24 @@ struct Interval {
 // kGradient.
 template <bool kGradient, class T>
 PYGEN_INLINE Interval<T> interval(T x, T mean, T log_scale, T half) {
-  using scalar::pick;
-  const T inverse_scale = scalar::exp(-bounded_log_scale(log_scale)), centre = x - mean;
+  const T inverse_scale = normal_exp<false>(-bounded_log_scale(log_scale)), centre = x - mean;
   const T a = (centre + half) * inverse_scale, b = (centre - half) * inverse_scale;
   const T width = T(2) * half * inverse_scale;
-  const bool lowest = x<half - T(1), highest = x> T(1) - half;
-  const T decay_a = pick(highest, T(0), scalar::exp(-scalar::abs(a)));
-  const T decay_b = pick(lowest, T(0), scalar::exp(-scalar::abs(b)));
-  const T mass = pick(lowest | highest, T(1), mass_within(width));
-  const T upper = pick(highest, T(0), scalar::at_most(a, T(0)));
-  const T lower = pick(lowest, T(0), scalar::at_most(-b, T(0)));
-  T by_mean = 0, by_log_scale = 0, log_prob;
-  if constexpr (kGradient) {
-    const T near_a = T(1) / (T(1) + decay_a), near_b = T(1) / (T(1) + decay_b);
-    const T above_a = pick(a < T(0), near_a, decay_a * near_a);  // sigmoid(-a)
-    const T below_b = pick(b < T(0), decay_b * near_b, near_b);  // sigmoid(b)
-    const T from_a = pick(highest, T(0), above_a), from_b = pick(lowest, T(0), below_b);
-    const T between = width * ((T(1) - mass) / mass);  // zero at the ends
-    const bool inside = (log_scale >= T(kLowestLogScale)) & (log_scale <= T(kHighestLogScale));
-    by_mean = inverse_scale * (from_b - from_a);
-    by_log_scale = pick(inside, (from_b * b - from_a * a) - between, T(0));
-  }
-  log_prob = (upper + lower) + scalar::log(mass / ((T(1) + decay_a) * (T(1) + decay_b)));
-  return {log_prob, by_mean, by_log_scale};
+  // Zero where the end is infinite, as a factor of all that comes of that end.
+  const T has_a = x > T(1) - half ? T(0) : T(1), has_b = x < half - T(1) ? T(0) : T(1);
+  const T decay_a = decay(a), decay_b = decay(b);
+  const T one_a = T(1) + has_a * decay_a, one_b = T(1) + has_b * decay_b;
+  // 1 - e^{-width}, and 1 at the ends.
+  const T mass = -normal_exp<true>(scalar::at_least(T(-87) * (T(2) - has_a - has_b) - width, T(-87)));
+  const T far = has_a * scalar::at_most(a, T(0)) + has_b * scalar::at_most(-b, T(0));
+  if constexpr (!kGradient) return {far + scalar::log(mass / (one_a * one_b)), T(0), T(0)};
+  const T inverse = T(1) / (one_a * one_b * mass), near = mass * inverse;   // near = sigmoid(|a|) sigmoid(|b|)
+  const T above_a = has_a * (one_b * near) * (a < T(0) ? T(1) : decay_a);   // sigmoid(-a)
+  const T below_b = has_b * (one_a * near) * (b < T(0) ? decay_b : T(1));   // sigmoid(b)
+  const T between = width * ((T(1) - mass) * (inverse * (one_a * one_b)));  // zero at the ends
+  const bool inside = (log_scale >= T(kLowestLogScale)) & (log_scale <= T(kHighestLogScale));
+  const T by_log_scale = (below_b * b - above_a * a) - between;
+  return {far + scalar::log(mass * near), inverse_scale * (below_b - above_a), inside ? by_log_scale : T(0)};
 }
 
 // Components are taken in groups of this many, the widest vectors of float, the last group filled up with components of
