@@ -188,7 +188,7 @@ class IncrementalChecker {
     if (space < 0 || space >= incremental::kSpaces || source.count != count || source.offset < 0) return false;
     if (!table(source.rows, grid.height) || !table(source.columns, grid.width)) return false;
     int64_t last = 0;
-    for (const auto& [first, length] : {std::pair{source.rows, grid.height}, {source.columns, grid.width}}) {
+    for (const auto& [first, length] : {std::pair{source.rows, grid.height}, std::pair{source.columns, grid.width}}) {
       const int32_t* const offsets = program_.tables + first;
       for (int32_t i = 0; i < length; ++i) {
         if (offsets[i] != incremental::kNowhere && offsets[i] < 0) return false;

@@ -96,6 +96,7 @@ class MixedStack(nn.Module):
         h = F.gelu(h) + F.silu(h) * 0.5 - F.leaky_relu(h, 0.2) / 3
         h = h + F.softplus(self.grouped(self.norm(h)))
         h = h * self.slope
+        h = h + down(h.tanh()) * right(h.abs())
         centred = h - h.mean(1, keepdim=True)
         h = centred * (h.var(1, keepdim=True, unbiased=False) + 1e-4).rsqrt()
         h = F.selu(self.old(h)).clamp(-2, 2)
@@ -383,6 +384,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "gated": lambda: gated(None, 1),
     "gated, classes": lambda: gated(3, 1),
     "gated, colours": lambda: gated(3, 3),
+    "narrow": lambda: Case(PlainPixelCNN(kernel_size=3), (1, 5, 2), 1),
     "mixed": lambda: Case(MixedStack(), (1, 5, 6), 4),
     "plus plus": lambda: Case(SmallPixelCNNPP(), (3, 6, 8), 16, {"logistics": True}),
     "plus plus, grey": lambda: Case(SmallPixelCNNPP(1, outputs=9), (1, 8, 4), 16, {"logistics": True}),
