@@ -26,7 +26,8 @@ _MOST_SLACK = 256
 class KeyValueCache:
     """One layer's keys and values, appended to in place.
 
-    Sizes, dtype and device are those of the first keys. A batch row may be ahead of another.
+    Sizes, dtype and device are those of the first keys. A batch row may be ahead of another. Steps that are compiled,
+    or recorded in a CUDA graph, want a capacity: there the host does not count, and the kernel marks a full row.
 
     capacity: room for so many tokens; by default the cache doubles its room when it is full, so that a token is copied
         about once. With a window, the room of the ring, by default a little more than sinks and window.
