@@ -22,6 +22,7 @@ from transformers_cases import ARCHITECTURES, NEW, WINDOW, greedy, model, padded
 
 from pygen.compat.transformers import Cache, PagedCache, convert, generation, patch
 from pygen.compat.transformers.layers import FusedAttention, FusedRMSNorm
+from pygen.compat.transformers.packed import PackedLinear
 
 WAYS = ("patch", "convert", "parts", "paged")
 MODES: dict[str, Callable[[], dict[str, Any]]] = {
@@ -203,7 +204,7 @@ def test_a_converted_model_is_the_model_that_it_was():
     assert isinstance(of, cls)
     assert type(of).__name__ == cls.__name__
     assert {entry.by.rpartition(".")[2]: entry.count for entry in handle.replaced} == {
-        "FusedAttention": 2, "FusedRMSNorm": 5, "attention 'pygen'": 1, "Generating": 1,
+        "FusedAttention": 2, "FusedRMSNorm": 5, "PackedLinear": 15, "attention 'pygen'": 1, "Generating": 1,
     }  # fmt: skip
     assert all(torch.equal(of.state_dict()[name], value) for name, value in state.items())
     again = convert(of)
@@ -217,16 +218,49 @@ def test_a_converted_model_is_the_model_that_it_was():
     assert len(seen) == NEW
     again.undo()
     handle.undo()
+    with convert(of, pack_weights=False) as handle:
+        assert not any(isinstance(part, PackedLinear) for part in of.modules())
+        assert torch.equal(greedy(of, input_ids=prompts()), expected)
     assert type(of) is cls
     assert of.config.to_dict() == config
     assert of.config._attn_implementation == "sdpa"
     assert not any(isinstance(part, FusedAttention | FusedRMSNorm) for part in of.modules())
 
 
+@pytest.mark.parametrize("mode", ["greedy", "padded beam", "lookup"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_packed_weights_give_the_tokens_and_follow_the_weights(name, mode):
+    of = copy.deepcopy(model(name))
+    inputs = MODES[mode]()
+    with convert(of, pack_weights=True) as handle:
+        packed = [part for part in of.modules() if isinstance(part, PackedLinear)]
+        assert len(packed) == sum(entry.count for entry in handle.replaced if entry.by.endswith("PackedLinear")) > 0
+        assert torch.equal(greedy(of, **inputs), greedy(model(name), **inputs))
+        with torch.no_grad():
+            packed[0].weight.mul_(1.1)
+            packed[-1].weight.data.mul_(-1)  # which moves no version
+        changed = copy.deepcopy(of)
+        assert torch.equal(greedy(of, **inputs), greedy(changed, **inputs))
+    assert torch.equal(greedy(of, **inputs), greedy(changed, **inputs))
+    assert not any("pygen" in key for part in of.modules() for key in vars(part))
+    of.bfloat16()
+    with convert(of, pack_weights=True):  # is for float32
+        assert not any(isinstance(part, PackedLinear) for part in of.modules())
+
+
+def test_a_packed_layer_trains():
+    of = copy.deepcopy(model("llama"))
+    with convert(of, pack_weights=True):
+        greedy(of, input_ids=prompts())
+        of(prompts(), labels=prompts()).loss.backward()
+    assert all(weight.grad is not None for weight in of.parameters())
+
+
 def test_a_converted_model_is_copied_and_pickled():
     of = copy.deepcopy(model("llama"))
     expected = greedy(of, input_ids=prompts())
-    convert(of)
+    convert(of, pack_weights=True)
+    greedy(of, input_ids=prompts())
     for other in (copy.deepcopy(of), pickle.loads(pickle.dumps(of))):
         assert type(other) is type(of)
         assert isinstance(other.model.layers[0].self_attn, FusedAttention)

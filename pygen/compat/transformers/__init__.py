@@ -20,23 +20,30 @@ from pygen.compat import require
 
 require("transformers")
 
+from torch import nn  # noqa: E402
 from transformers import AttentionInterface, GenerationMixin, PreTrainedModel, masking_utils  # noqa: E402
 
 from pygen.compat.handle import Changes, Handle, Patch, qualified_name  # noqa: E402
-from pygen.compat.transformers import attention, generation, layers  # noqa: E402
+from pygen.compat.transformers import attention, generation, layers, packed  # noqa: E402
 from pygen.compat.transformers.cache import Cache  # noqa: E402
 from pygen.compat.transformers.paged import PagedCache  # noqa: E402
 from pygen.compat.transformers.swapped import swapped  # noqa: E402
+from pygen.ops.kept import KeptResult  # noqa: E402
 
 __all__ = ["Cache", "PagedCache", "convert", "patch"]
 
+_PACKED_BY_DEFAULT = 2**30  # bytes of weights
 
-def convert(model: Any) -> Handle:
+
+def convert(model: Any, *, pack_weights: bool | None = None) -> Handle:
     """Generate with a live model on pygen's kernels.
 
     `generate` makes pygen's caches, attends by pygen's attention and draws by one kernel; attention layers like those
     of Llama, Mistral, Qwen2 and Qwen3 turn, append and attend in one call; RMSNorm is one call. Parameters, hooks,
     state dicts and the class that `isinstance` sees stay. Layers that are left are named, with the reason.
+
+    pack_weights: on the CPU, keep a second copy of every float32 linear layer's weight, from the first `generate` on,
+        laid out as oneDNN multiplies a few rows by it the quickest. By default where these are a GiB at most in all.
 
     Returns:
         A `Handle` that lists both and takes the change back (`undo()`, or the end of a `with`).
@@ -50,6 +57,11 @@ def convert(model: Any) -> Handle:
             "can be chosen"
         )
     changes = Changes()
+    linear = {path: layer for path, layer in model.named_modules() if packed.can_pack(layer)}
+    if pack_weights is None:
+        pack_weights = packed.total_bytes(linear.values()) <= _PACKED_BY_DEFAULT
+    for path, layer in linear.items() if pack_weights else ():
+        _pack(changes, layer, path)
     for path, layer in model.named_modules():
         stand_in = layers.stand_in(layer)
         if stand_in is not None:
@@ -62,6 +74,12 @@ def convert(model: Any) -> Handle:
         changes.report_replaced(qualified_name(type(model)), qualified_name(generation.Generating), "")
         changes.set(model, "__class__", swapped(generation.Generating, type(model)))
     return Handle.of("pygen.compat.transformers.convert", changes)
+
+
+def _pack(changes: Changes, layer: nn.Module, path: str) -> None:
+    changes.report_replaced(qualified_name(type(layer)), qualified_name(packed.PackedLinear), path)
+    changes.set(layer, packed.KEPT, KeptResult())  # which undoing gives up
+    changes.set(layer, "__class__", swapped(packed.PackedLinear, type(layer)))
 
 
 def _choose_attention(changes: Changes, model: PreTrainedModel) -> None:

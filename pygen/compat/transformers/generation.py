@@ -14,6 +14,7 @@ from transformers import GenerationMixin, cache_utils
 
 from pygen.compat.handle import Changes, qualified_name
 from pygen.compat.transformers.cache import SERVED, Cache
+from pygen.compat.transformers.packed import packed_weights
 from pygen.compat.transformers.sampling import Sampler, processed
 from pygen.compat.transformers.swapped import Swapped
 
@@ -61,6 +62,11 @@ def sample(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) 
 
 class Generating(Swapped):
     """A model whose `generate` makes pygen's cache and samples by pygen's kernel."""
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with packed_weights(self):
+            return _next(self, "generate")(self, *args, **kwargs)
 
     @functools.wraps(GenerationMixin._prepare_cache_for_generation)
     def _prepare_cache_for_generation(self: Any, *args: Any, **kwargs: Any) -> None:
