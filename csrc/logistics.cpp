@@ -41,15 +41,16 @@ struct Planes {
   T* by_x(int c, int k) const { return to_x + (c * mixtures + k) * kLanes; }
 };
 
-// Adds log P_kc of one colour to `joint`; with kGradient, its derivatives take the place of the mean and the log scale,
-// and that by x goes to `to_x`.
+// Adds the far part of one colour's log P_kc to `joint`, and multiplies `near` by the other part; with kGradient, its
+// derivatives take the place of the mean and the log scale, and that by x goes to `to_x`.
 template <bool kGradient, class T>
 PYGEN_CLONES void colour_rows(const T* __restrict x, T* __restrict mean, T* __restrict log_scale, T half,
-                              T* __restrict joint, T* __restrict to_x) {
+                              T* __restrict joint, T* __restrict near, T* __restrict to_x) {
 #pragma omp simd
   for (int64_t i = 0; i < kLanes; ++i) {
     const Interval<T> at = logistics::interval<kGradient>(x[i], mean[i], log_scale[i], half);
-    joint[i] += at.log_prob;
+    joint[i] += at.far;
+    near[i] *= at.near;
     if constexpr (kGradient) {
       mean[i] = at.by_mean;
       log_scale[i] = at.by_log_scale;
@@ -58,12 +59,18 @@ PYGEN_CLONES void colour_rows(const T* __restrict x, T* __restrict mean, T* __re
   }
 }
 
+template <class T>
+PYGEN_CLONES void add_log_rows(const T* __restrict near, T* __restrict joint) {
+#pragma omp simd
+  for (int64_t i = 0; i < kLanes; ++i) joint[i] += scalar::log(near[i]);
+}
+
 // mean += tanh(coefficient) x; the coefficient's place keeps its tanh.
 template <class T>
 PYGEN_CLONES void shift_rows(const T* __restrict x, T* __restrict coefficient, T* __restrict mean) {
 #pragma omp simd
   for (int64_t i = 0; i < kLanes; ++i) {
-    const T c = scalar::tanh(coefficient[i]);
+    const T c = logistics::squash(coefficient[i]);
     coefficient[i] = c;
     mean[i] += c * x[i];
   }
@@ -134,19 +141,22 @@ PYGEN_CLONES void add_rows(const T* __restrict weight, const T* __restrict value
 
 template <bool kGradient, class T>
 void join_components(const T* x, const Planes<T>& planes, T half) {
+  T near[kLanes];
   for (int k = 0; k < planes.mixtures; ++k) {
     T* const joint = planes.joint + k * kLanes;
     std::copy(planes.logit(k), planes.logit(k) + kLanes, joint);
+    std::fill(near, near + kLanes, T(1));
     for (int c = 0; c < planes.colours; ++c) {
       T* const mean = planes.mean(c, k);
       if (c >= 1) shift_rows(x, planes.coefficient(c == 1 ? 0 : 1, k), mean);
       if (c == 2) shift_rows(x + kLanes, planes.coefficient(2, k), mean);
-      colour_rows<kGradient>(x + c * kLanes, mean, planes.log_scale(c, k), half, joint, planes.by_x(c, k));
+      colour_rows<kGradient>(x + c * kLanes, mean, planes.log_scale(c, k), half, joint, near, planes.by_x(c, k));
       if constexpr (kGradient) {
         if (c >= 1) unshift_rows(x, mean, planes.coefficient(c == 1 ? 0 : 1, k), planes.by_x(0, k));
         if (c == 2) unshift_rows(x + kLanes, mean, planes.coefficient(2, k), planes.by_x(1, k));
       }
     }
+    add_log_rows(near, joint);
   }
 }
 

@@ -96,7 +96,7 @@ __device__ __forceinline__ T joint(const Pixel<Stored, T>& pixel, int k, const T
   for (int c = 0; c < pixel.colours; ++c) {
     const Interval<T> at =
         logistics::interval<kGradient>(x[c], mean_given(pixel, c, k, x), pixel.log_scale(c, k), half);
-    sum += at.log_prob;
+    sum += at.far + scalar::log(at.near);
     if constexpr (kGradient) {
       by_mean[c] = at.by_mean;
       by_log_scale[c] = at.by_log_scale;
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(Arguments<Stored> al
     if (all.colours == 1) continue;
     for (int i = 0; i < kMostColours; ++i) {
       const int mean = i == 0 ? 1 : 2, colour = i == 2 ? 1 : 0;  // whose mean is moved by which colour
-      const T coefficient = scalar::tanh(pixel.coefficient(i, k));
+      const T coefficient = logistics::squash(pixel.coefficient(i, k));
       grad_x[colour] += coefficient * to_mean[mean];
       write(all.grad_parameters, count, logistics::colour_offset(3, all.mixtures, i) + 2 * all.mixtures + k,
             to_mean[mean] * x[colour] * (T(1) - coefficient * coefficient));

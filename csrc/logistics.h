@@ -16,8 +16,9 @@ namespace pygen::logistics {
 
 constexpr int kMaxMixtures = 128;
 
-// Log scales are cut off here: below as in PixelCNN++, above where a logistic is flat across all levels.
-constexpr double kLowestLogScale = -7, kHighestLogScale = 30;
+// Log scales are cut off here: below as in PixelCNN++, above where a logistic is flat across all levels, and before the
+// product of three probabilities leaves float's range.
+constexpr double kLowestLogScale = -7, kHighestLogScale = 12;
 
 // Values of a pixel's parameters: [M logits | for each colour M means, M log scales and, of three colours, M
 // coefficients].
@@ -57,40 +58,54 @@ PYGEN_INLINE double normal_exp(double x) {
   return kMinusOne ? ::expm1(x) : ::exp(x);
 }
 
-// e^{-|x|}; where that is below 1e-38 it stays there.
+// e^{-x} for x >= 0; beyond `most`, which is at most 87, it stays what it is there.
 template <class T>
-PYGEN_INLINE T decay(T x) {
-  return normal_exp<false>(scalar::at_least(-scalar::abs(x), T(-87)));
+PYGEN_INLINE T decay(T x, T most) {
+  return normal_exp<false>(-scalar::at_most(x, most));
 }
 
-// log P_kc, and its derivatives by the mean and by the log scale.
+// 1 - e^{-2|x|} over 1 + e^{-2|x|}, with the sign of x.
+template <class T>
+PYGEN_INLINE T squash(T x) {
+  const T e = normal_exp<true>(T(-2) * scalar::at_most(scalar::abs(x), T(43)));
+  return scalar::with_sign_of(-e / (T(2) + e), x);
+}
+
+// log P_kc = far + log(near), and its derivatives by the mean and by the log scale.
 template <class T>
 struct Interval {
-  T log_prob, by_mean, by_log_scale;
+  T far, near, by_mean, by_log_scale;
 };
 
-// One function for both: a struct that is handed on keeps loops from vectorising. The derivatives are zero without
-// kGradient.
+// With E = e^{-|z|} of the end z that is nearer to the mean and q = e^{-(a-b)}, sigmoid(|z|) = 1 / (1 + E), and that of
+// the other end is 1 / (1 + E q), or E / (E + q) where the mean lies between the two. One function for value and
+// derivatives, because a struct that is handed on keeps loops from vectorising; these are zero without kGradient.
 template <bool kGradient, class T>
 PYGEN_INLINE Interval<T> interval(T x, T mean, T log_scale, T half) {
+  using scalar::pick;
+  constexpr T kFar = T(1e30);  // an infinite end
   const T inverse_scale = normal_exp<false>(-bounded_log_scale(log_scale)), centre = x - mean;
-  const T a = (centre + half) * inverse_scale, b = (centre - half) * inverse_scale;
-  const T width = T(2) * half * inverse_scale;
-  // Zero where the end is infinite, as a factor of all that comes of that end.
-  const T has_a = x > T(1) - half ? T(0) : T(1), has_b = x < half - T(1) ? T(0) : T(1);
-  const T decay_a = decay(a), decay_b = decay(b);
-  const T one_a = T(1) + has_a * decay_a, one_b = T(1) + has_b * decay_b;
-  // 1 - e^{-width}, and 1 at the ends.
-  const T mass = -normal_exp<true>(scalar::at_least(T(-87) * (T(2) - has_a - has_b) - width, T(-87)));
-  const T far = has_a * scalar::at_most(a, T(0)) + has_b * scalar::at_most(-b, T(0));
-  if constexpr (!kGradient) return {far + scalar::log(mass / (one_a * one_b)), T(0), T(0)};
-  const T inverse = T(1) / (one_a * one_b * mass), near = mass * inverse;   // near = sigmoid(|a|) sigmoid(|b|)
-  const T above_a = has_a * (one_b * near) * (a < T(0) ? T(1) : decay_a);   // sigmoid(-a)
-  const T below_b = has_b * (one_a * near) * (b < T(0) ? decay_b : T(1));   // sigmoid(b)
-  const T between = width * ((T(1) - mass) * (inverse * (one_a * one_b)));  // zero at the ends
+  const bool lowest = x<half - T(1), highest = x> T(1) - half;
+  const T upper = (centre + half) * inverse_scale, lower = (centre - half) * inverse_scale;
+  const T a = pick(highest, kFar, upper), b = pick(lowest, -kFar, lower);
+  const T width = T(2) * half * inverse_scale, inner_width = pick(lowest | highest, T(87), width);
+  const T minus_mass = normal_exp<true>(-scalar::at_most(inner_width, T(87)));
+  const T mass = -minus_mass, q = T(1) + minus_mass;  // 1 - e^{-(a-b)} and e^{-(a-b)}, 1 and 0 at the ends
+  const bool a_is_nearer = scalar::abs(a) < scalar::abs(b), between = (a > T(0)) & (b < T(0));
+  // Cut off where E is nothing beside 1, and q nothing beside it.
+  const T decay_nearer = decay(scalar::at_most(scalar::abs(a), scalar::abs(b)), T(30));
+  const T s = pick(between, decay_nearer, T(1)), t = pick(between, q, decay_nearer * q);
+  const T one_nearer = T(1) + decay_nearer, one_other = s + t;
+  const T far = scalar::at_most(a, T(0)) + scalar::at_most(-b, T(0));
+  if constexpr (!kGradient) return {far, mass * s / (one_nearer * one_other), T(0), T(0)};
+  const T inverse = T(1) / (one_nearer * one_other * mass);
+  const T of_nearer = s * (one_other * mass * inverse), other = one_nearer * mass * inverse, of_other = t * other;
+  const T above_a = pick(a_is_nearer, of_nearer, of_other);  // sigmoid(-a)
+  const T below_b = pick(a_is_nearer, of_other, of_nearer);  // sigmoid(b)
+  const T stretch = inner_width * (q * (inverse * (one_nearer * one_other)));
   const bool inside = (log_scale >= T(kLowestLogScale)) & (log_scale <= T(kHighestLogScale));
-  const T by_log_scale = (below_b * b - above_a * a) - between;
-  return {far + scalar::log(mass * near), inverse_scale * (below_b - above_a), inside ? by_log_scale : T(0)};
+  const T by_log_scale = (below_b * b - above_a * a) - stretch;
+  return {far, mass * of_nearer * other, inverse_scale * (below_b - above_a), pick(inside, by_log_scale, T(0))};
 }
 
 // Components are taken in groups of this many, the widest vectors of float, the last group filled up with components of
@@ -118,7 +133,7 @@ struct Pixel {
 // The mean of a component moved by an earlier colour.
 template <class T>
 PYGEN_INLINE T moved(T mean, T coefficient, T x) {
-  return mean + scalar::tanh(coefficient) * x;
+  return mean + squash(coefficient) * x;
 }
 
 // A logistic number by the inverse of its distribution; the float logarithms are the same on every machine, and 53 bits
@@ -195,7 +210,10 @@ PYGEN_INLINE void draw_pixel(const Pixel<Stored, T>& pixel, int levels, uint64_t
     }
     const T value = x[c];
     PYGEN_LANES
-    for (int k = 0; k < count; ++k) joint[k] += interval<false>(value, mean[k], log_scale[k], half).log_prob;
+    for (int k = 0; k < count; ++k) {
+      const Interval<T> at = interval<false>(value, mean[k], log_scale[k], half);
+      joint[k] += at.far + scalar::log(at.near);
+    }
     total = weigh_components(joint, count, &peak, weight);
     const T after = peak + scalar::log(total);
     log_prob[c] = after - before;

@@ -30,7 +30,7 @@ from pygen.ops.sampling_reference import uniform_of_words
 MAX_MIXTURES = 128
 MAX_LEVELS = 2**16
 # Log scales are cut off here: below as in PixelCNN++, above where a logistic is flat across all levels.
-LOG_SCALE_RANGE = (-7.0, 30.0)
+LOG_SCALE_RANGE = (-7.0, 12.0)
 
 _PER_MIXTURE = {1: 3, 3: 10}  # parameters by colours
 
@@ -145,7 +145,8 @@ def discretized_logistics_log_prob(x: Tensor, parameters: Tensor, *, levels: int
         parameters: (n, 10 M, ...) of three colours, [M logits | for each colour M means, M log scales, M coefficients],
             as PixelCNN++'s networks give them: tanh of the coefficients times the colours before moves the means (red
             to green, red to blue, green to blue). (n, 3 M, ...) of one colour, [M logits | M means | M log scales]. M
-            is 1 to 128; any floating dtype, any strides. Log scales count as -7 below that, and have no gradient there.
+            is 1 to 128; any floating dtype, any strides. Log scales count as -7 below that, and as 12 above
+            that, and have no gradient there.
         levels: number of levels of a colour, 2 to 65,536.
 
     Returns:

@@ -127,7 +127,7 @@ def test_tails_are_exact(backend, device):
     mpmath.mp.dps = 60
     x = grid(256)[[0, 1, 100, 254, 255]][:, None]
     for mean in (-40.0, -1.0, 0.3, 7.0):
-        for log_scale in (-7.0, -3.0, 0.0, 8.0, 29.0):
+        for log_scale in (-7.0, -3.0, 0.0, 5.0, 12.0):
             parameters = torch.tensor([[0.0, mean, log_scale]]).expand(5, 3)
             check(x.to(device), parameters.to(device))
             actual = ops.discretized_logistics_log_prob(x.to(device), parameters.to(device)).cpu()
