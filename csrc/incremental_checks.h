@@ -331,6 +331,7 @@ std::tuple<Tensor, Tensor> incremental_advance(Tensor state, Tensor tokens, Tens
         checked.header.vocabulary, " outputs");
   const int64_t n = state.size(0);
   Tensor log_prob = torch::stable::new_empty(state, {n, end - begin});
+  if (inputs.mode == Advance::kFollow) torch::stable::zero_(log_prob);
   Tensor logits = torch::stable::new_empty(state, {n, with_logits ? end - begin : 0, checked.header.vocabulary});
   auto run = [&](auto type) {
     Backend::template advance<decltype(type)>(checked, inputs, log_prob, with_logits ? &logits : nullptr);

@@ -150,6 +150,18 @@ def test_steps_in_parts_and_again_are_the_same(backend, device):
     assert torch.equal(own["tokens"], whole["tokens"])
 
 
+def test_following_tokens_draws_nothing(backend, device):
+    net = program("gated", device=str(device))
+    own = arguments(net, 2, mode="follow")
+    before = own["tokens"].clone()
+    # Memory that was something else before.
+    torch.full((2, net.length), 3.0, device=device)
+    log_prob, logits = ops.incremental_advance(**own)
+    assert torch.equal(log_prob, torch.zeros_like(log_prob))
+    assert torch.equal(own["tokens"], before)
+    assert logits.shape == (2, 0, 5)
+
+
 def test_known_tokens_stay(backend, device):
     net = program("gated", device=str(device))
     drawn = arguments(net, 2, mode="draw")

@@ -13,16 +13,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-# They register what they lower.
-from pygen.autoregressive.incremental import attention, indexing, linear, pointwise
+# Each registers what it lowers.
+from pygen.autoregressive.incremental import attention, indexing, linear, pointwise  # noqa: F401
 from pygen.autoregressive.incremental.converted import Incremental
 from pygen.autoregressive.incremental.encoding import Encoder
 from pygen.autoregressive.incremental.fields import ConversionError, NotSeparable
 from pygen.autoregressive.incremental.fusion import fuse
 from pygen.autoregressive.incremental.schedule import Draw, Geometry, Schedule
 from pygen.autoregressive.incremental.tracing import Traced, evaluation, trace
-
-__all__ = ["attention", "incremental", "indexing", "linear", "pointwise"]
 
 
 def incremental(
