@@ -58,13 +58,7 @@ PYGEN_INLINE double normal_exp(double x) {
   return kMinusOne ? ::expm1(x) : ::exp(x);
 }
 
-// e^{-x} for x >= 0; beyond `most`, which is at most 87, it stays what it is there.
-template <class T>
-PYGEN_INLINE T decay(T x, T most) {
-  return normal_exp<false>(-scalar::at_most(x, most));
-}
-
-// 1 - e^{-2|x|} over 1 + e^{-2|x|}, with the sign of x.
+// tanh x = (1 - e^{-2|x|}) / (1 + e^{-2|x|}) with the sign of x, of the coefficients.
 template <class T>
 PYGEN_INLINE T squash(T x) {
   const T e = normal_exp<true>(T(-2) * scalar::at_most(scalar::abs(x), T(43)));
@@ -93,7 +87,8 @@ PYGEN_INLINE Interval<T> interval(T x, T mean, T log_scale, T half) {
   const T mass = -minus_mass, q = T(1) + minus_mass;  // 1 - e^{-(a-b)} and e^{-(a-b)}, 1 and 0 at the ends
   const bool a_is_nearer = scalar::abs(a) < scalar::abs(b), between = (a > T(0)) & (b < T(0));
   // Cut off where E is nothing beside 1, and q nothing beside it.
-  const T decay_nearer = decay(scalar::at_most(scalar::abs(a), scalar::abs(b)), T(30));
+  const T nearer = scalar::at_most(scalar::abs(a), scalar::abs(b));
+  const T decay_nearer = normal_exp<false>(-scalar::at_most(nearer, T(30)));
   const T s = pick(between, decay_nearer, T(1)), t = pick(between, q, decay_nearer * q);
   const T one_nearer = T(1) + decay_nearer, one_other = s + t;
   const T far = scalar::at_most(a, T(0)) + scalar::at_most(-b, T(0));
