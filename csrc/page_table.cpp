@@ -36,7 +36,7 @@ std::pair<int64_t, int64_t> PageTable::add(const Tokens& tokens) {
     before = page(found->second).content;
     sequence.pages.push_back(found->second);
   }
-  sequence.length = static_cast<int64_t>(sequence.pages.size()) * page_size_;
+  sequence.length = sequence.written = static_cast<int64_t>(sequence.pages.size()) * page_size_;
   sequence.tokens.assign(tokens.begin(), tokens.begin() + sequence.length);
   const int64_t reused = sequence.length;
   sequences_.emplace(next_sequence_, std::move(sequence));
@@ -73,11 +73,40 @@ PageTable::Copies PageTable::append(const std::vector<int64_t>& sequences, int64
         forget(last);  // a page cropped into is written to again
       }
     }
+    sequence.known = sequence.known && !tokens.empty() && sequence.written == sequence.length;
+    if (sequence.known) {
+      sequence.tokens.insert(sequence.tokens.end(), tokens[i].begin(), tokens[i].end());
+    } else {
+      sequence.tokens.clear();
+    }
     sequence.length += count;
     while (static_cast<int64_t>(sequence.pages.size()) < pages_for(sequence.length)) sequence.pages.push_back(take());
-    learn(sequence, tokens.empty() ? Tokens{} : tokens[i]);
   }
   return copies;
+}
+
+void PageTable::written(const std::vector<int64_t>& sequences) {
+  for (const int64_t number : sequences) find(number);
+  for (const int64_t number : sequences) {
+    Sequence& sequence = find(number);
+    sequence.written = sequence.length;
+    if (!sequence.known) continue;
+    const int64_t whole = sequence.length / page_size_;
+    int64_t index = whole;
+    while (index > 0 && !page(sequence.pages[static_cast<size_t>(index - 1)]).content) --index;
+    for (; index < whole; ++index) {
+      const int32_t own = sequence.pages[static_cast<size_t>(index)];
+      const int64_t before = index ? page(sequence.pages[static_cast<size_t>(index - 1)]).content : 0;
+      const auto [found, fresh] = page_of_.try_emplace(content(sequence.tokens, index, before), own);
+      if (fresh) {
+        page(own).known = &found->first;
+        page(own).content = next_content_++;
+      } else {
+        page(own).content =
+            page(found->second).content;  // another page has the same tokens, and is the one to be found
+      }
+    }
+  }
 }
 
 std::vector<int64_t> PageTable::fork(int64_t sequence, int64_t copies) {
@@ -98,6 +127,7 @@ void PageTable::crop(int64_t sequence, int64_t length) {
                                                    ", the tokens of sequence " + text(sequence));
   release_after(own, pages_for(length));
   own.length = length;
+  own.written = std::min(own.written, length);
   if (own.known) own.tokens.resize(static_cast<size_t>(length));
 }
 
@@ -189,29 +219,6 @@ void PageTable::forget(int32_t number) {
   if (own.known) page_of_.erase(page_of_.find(*own.known));
   own.known = nullptr;
   own.content = 0;
-}
-
-// Pages that the new tokens fill can be found by them from now on.
-void PageTable::learn(Sequence& sequence, const Tokens& tokens) {
-  if (tokens.empty()) sequence.known = false;
-  if (!sequence.known) {
-    sequence.tokens.clear();
-    return;
-  }
-  int64_t index = static_cast<int64_t>(sequence.tokens.size()) / page_size_;
-  sequence.tokens.insert(sequence.tokens.end(), tokens.begin(), tokens.end());
-  for (; index < sequence.length / page_size_; ++index) {
-    Page& own = page(sequence.pages[static_cast<size_t>(index)]);
-    const int64_t before = index ? page(sequence.pages[static_cast<size_t>(index - 1)]).content : 0;
-    const auto [found, fresh] =
-        page_of_.try_emplace(content(sequence.tokens, index, before), sequence.pages[static_cast<size_t>(index)]);
-    if (fresh) {
-      own.known = &found->first;
-      own.content = next_content_++;
-    } else {
-      own.content = page(found->second).content;  // another page has the same tokens, and is the one to be found
-    }
-  }
 }
 
 // Pages that an append takes: new ones, and copies of last pages that are written to and shared. The last to write to a

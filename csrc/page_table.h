@@ -24,9 +24,13 @@ class PageTable {
   // how many tokens that are. The last of `tokens` is never taken from there: its output is still to be computed.
   std::pair<int64_t, int64_t> add(const Tokens& tokens);
 
-  // Room for `count` more tokens of each sequence. `tokens`, where not empty, has the ids of each sequence's, by which
-  // their pages can be found again. Returns the pages that the caller has to copy before it writes. All or nothing.
+  // Room for `count` more tokens of each sequence. `tokens`, where not empty, has the ids of each sequence's. Returns
+  // the pages that the caller has to copy before it writes. All or nothing.
   Copies append(const std::vector<int64_t>& sequences, int64_t count, const std::vector<Tokens>& tokens);
+
+  // The caller has written all tokens of these sequences: their whole pages can be found by the ids from now on. Those
+  // of a sequence that is appended to before that never are.
+  void written(const std::vector<int64_t>& sequences);
 
   // Further sequences with the same tokens, on the same pages.
   std::vector<int64_t> fork(int64_t sequence, int64_t copies);
@@ -61,7 +65,7 @@ class PageTable {
   };
   struct Sequence {
     std::vector<int32_t> pages;
-    int64_t length = 0;
+    int64_t length = 0, written = 0;
     bool known = true;  // the ids of all its tokens, which are in `tokens`
     Tokens tokens;
   };
@@ -75,7 +79,6 @@ class PageTable {
   void release(int32_t number);
   void release_after(Sequence& sequence, int64_t pages);
   void forget(int32_t number);
-  void learn(Sequence& sequence, const Tokens& tokens);
   int64_t pages_for(int64_t tokens) const { return (tokens + page_size_ - 1) / page_size_; }
   int64_t missing_pages(const std::vector<int64_t>& sequences, int64_t count) const;
 

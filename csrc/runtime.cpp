@@ -79,6 +79,9 @@ void bind_page_table(py::module_& module) {
           py::arg("tokens") = std::vector<PageTable::Tokens>{},
           "Room for `count` more tokens of each sequence, all or nothing; the (from, to) pages to copy before they are "
           "written.")
+      .def("written", &PageTable::written, py::arg("sequences"),
+           "The caller has written all tokens of these sequences: their whole pages can be found by the ids from now "
+           "on.")
       .def("fork", &PageTable::fork, py::arg("sequence"), py::arg("copies") = 1,
            "Further sequences with the same tokens, on the same pages.")
       .def("crop", &PageTable::crop, py::arg("sequence"), py::arg("length"), "Take back all tokens after `length`.")

@@ -44,6 +44,7 @@ class Pages:
                 assert self.table.references(pages[i // self.size]) == 1, "a shared page is written to"
                 self.memory[pages[i // self.size]][i % self.size] = token
             self.model[sequence] += own
+        self.table.written(sequences)
 
     def check(self) -> None:
         assert self.table.sequences == sorted(self.model)
@@ -106,6 +107,7 @@ def test_a_shared_prefix_is_found_while_and_after_it_is_held():
     first, reused = table.add(tokens)
     assert reused == 0
     table.append([first], 10, [tokens])
+    table.written([first])
     second, reused = table.add([*tokens[:9], 99])
     assert reused == 8
     assert table.pages_of(second) == table.pages_of(first)[:2]
@@ -126,6 +128,7 @@ def test_kept_prefixes_give_way_to_new_tokens_last_pages_first():
     table = PageTable(4, 2)
     first, _ = table.add()
     table.append([first], 8, [[1, 2, 3, 4, 5, 6, 7, 8]])
+    table.written([first])
     table.free(first)
     second, _ = table.add()
     table.append([second], 4)
@@ -136,10 +139,33 @@ def test_pages_are_not_found_by_tokens_that_were_written_over():
     table = PageTable(4, 2)
     first, _ = table.add()
     table.append([first], 4, [[1, 2, 3, 4]])
+    table.written([first])
     table.crop(first, 3)
     table.append([first], 1, [[9]])
+    table.written([first])
     assert table.add([1, 2, 3, 4, 5])[1] == 2
     assert table.add([1, 2, 3, 9, 5])[1] == 4
+
+
+def test_pages_are_not_found_before_they_are_written():
+    table = PageTable(6, 2)
+    first, _ = table.add()
+    table.append([first], 2, [[1, 2]])
+    assert table.add([1, 2, 3])[1] == 0
+    table.written([first])
+    assert table.add([1, 2, 3])[1] == 2
+    # A block that was given up stays unknown, also behind a later one; what was cropped away does not count.
+    table.append([first], 2, [[3, 4]])
+    table.append([first], 2, [[5, 6]])
+    table.written([first])
+    assert table.add([1, 2, 3, 4, 5, 6, 7])[1] == 2
+    table.free(first)
+    second, _ = table.add([1, 2, 0])
+    table.append([second], 2, [[3, 4]])
+    table.crop(second, 2)
+    table.append([second], 2, [[7, 8]])
+    table.written([second])
+    assert table.add([1, 2, 7, 8, 9])[1] == 4
 
 
 def test_the_last_writer_of_a_shared_page_keeps_it():
@@ -173,7 +199,8 @@ def test_refuses_in_one_sentence_and_changes_nothing():
     table.free(freed)
     refusals = {
         "sequence 1 was freed": (lambda: table.append([first, freed], 1), lambda: table.free(freed),
-                                 lambda: table.crop(freed, 0), lambda: table.fork(freed), lambda: table.length(freed)),
+                                 lambda: table.crop(freed, 0), lambda: table.fork(freed), lambda: table.length(freed),
+                                 lambda: table.written([first, freed])),
         "sequence 7 does not exist": (lambda: table.pages_of(7), lambda: table.append([7], 0)),
         "sequence 0 was given twice": (lambda: table.append([first, first], 1),),
         "length is 6, but expected 0 to 5": (lambda: table.crop(first, 6),),

@@ -6,7 +6,8 @@ of pages.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -78,7 +79,8 @@ class KeyValueCache:
 
     @property
     def length(self) -> int:
-        """Tokens of the longest row; after a crop by a tensor, of which the host knows nothing, at most so many."""
+        """Tokens of the longest row; after a crop by a tensor or a reorder, of which the host knows nothing, at most so
+        many."""
         if self._most is None:
             self._refresh()
         return self._most or 0
@@ -116,14 +118,15 @@ class KeyValueCache:
 
         ValueError: other sizes than before, or more tokens than `capacity`; nothing is written then.
         """
-        lengths = self._enter(key, value)
-        keys, values = self._buffers[:2]
-        key_scales, value_scales = self._scales()
-        for part in self._parts(key.shape[2], True):
-            ops.append_cached(
-                key[:, :, part], value[:, :, part], keys, values, lengths, key_scales=key_scales,
-                value_scales=value_scales, window=self.window, sinks=self.sinks, rotary=_part_of(rotary, part),
-            )  # fmt: skip
+        with self._counting():
+            lengths = self._enter(key, value)
+            keys, values = self._buffers[:2]
+            key_scales, value_scales = self._scales()
+            for part in self._parts(key.shape[2], True):
+                ops.append_cached(
+                    key[:, :, part], value[:, :, part], keys, values, lengths, key_scales=key_scales,
+                    value_scales=value_scales, window=self.window, sinks=self.sinks, rotary=_part_of(rotary, part),
+                )  # fmt: skip
 
     def attend(
         self,
@@ -158,21 +161,22 @@ class KeyValueCache:
 
         ValueError: other sizes than before, or more tokens than `capacity`; nothing is written then.
         """
-        lengths = self._enter(key, value)
-        parts = self._parts(key.shape[2], causal)
-        if len(parts) == 1:
-            return self._attend(query, key, value, lengths, mask, causal, scale, rotary)
-        return torch.cat(
-            [
-                self._attend(
-                    query[:, :, part], key[:, :, part], value[:, :, part], lengths,
-                    mask if mask is None or mask.shape[2] == 1 else mask[:, :, part], causal, scale,
-                    _part_of(rotary, part),
-                )
-                for part in parts
-            ],
-            dim=2,
-        )  # fmt: skip
+        with self._counting():
+            lengths = self._enter(key, value)
+            parts = self._parts(key.shape[2], causal)
+            if len(parts) == 1:
+                return self._attend(query, key, value, lengths, mask, causal, scale, rotary)
+            return torch.cat(
+                [
+                    self._attend(
+                        query[:, :, part], key[:, :, part], value[:, :, part], lengths,
+                        mask if mask is None or mask.shape[2] == 1 else mask[:, :, part], causal, scale,
+                        _part_of(rotary, part),
+                    )
+                    for part in parts
+                ],
+                dim=2,
+            )  # fmt: skip
 
     def crop(self, lengths: int | Sequence[int] | Tensor) -> None:
         """Keep at most so many tokens of each row, or of all; a negative int takes that many back.
@@ -207,6 +211,7 @@ class KeyValueCache:
     def select(self, index: Tensor) -> None:
         """Keep these rows: int64 (rows,), or bool (batch,)."""
         self.reorder(index.nonzero().squeeze(1) if index.dtype == torch.bool else index)
+        self._most = None
 
     def reset(self) -> None:
         """No tokens; the memory stays."""
@@ -257,6 +262,16 @@ class KeyValueCache:
         self._make_room(block)
         return self.lengths
 
+    @contextlib.contextmanager
+    def _counting(self) -> Iterator[None]:
+        """What an operator refuses is not counted."""
+        before = self._most, self._written
+        try:
+            yield
+        except BaseException:
+            self._most, self._written = before
+            raise
+
     def _make_room(self, block: int) -> None:
         if self.capacity is not None and torch.compiler.is_compiling():
             self._most = None  # the kernel marks a row that does not fit
@@ -305,7 +320,7 @@ class KeyValueCache:
                 return (before + lengths).clamp(min=0), None if most is None else max(most + lengths, 0)
             return before.clamp(max=lengths), None if most is None else min(most, lengths)
         if not isinstance(lengths, Tensor):
-            most = min(most, max(lengths, default=0)) if most is not None else None
+            most = None
             lengths = torch.tensor(lengths, dtype=torch.int32, device=before.device)
         if lengths.shape != before.shape:
             raise ValueError(f"lengths has shape {tuple(lengths.shape)}, but expected {tuple(before.shape)}")

@@ -56,6 +56,7 @@ class PagedCache:
         self._dtypes: list[torch.dtype | None] = [None] * layers
         # The block that is open: its sequences, their lengths before (n,), their pages (n, columns).
         self._open: tuple[list[int], int, Tensor, Tensor] | None = None
+        self._unwritten: set[int] = set()  # the layers that the block is still to be appended to
 
     @property
     def free_pages(self) -> int:
@@ -76,7 +77,8 @@ class PagedCache:
         """Open a block of so many more tokens for each of the sequences, in the order of the batch.
 
         Pages that are shared and written to are copied, in all layers. tokens: the ids of each sequence's new tokens;
-        sequences whose ids are known lend their beginning to those that `add` begins alike.
+        sequences whose ids are known lend their beginning to those that `add` begins alike, once all layers have it. A
+        block that is given up half-way is to be taken back by `crop`.
 
         ValueError: a sequence that was freed, or is not there, or was given twice. RuntimeError: too few free pages.
         Nothing is changed then.
@@ -93,6 +95,7 @@ class PagedCache:
         if pages.numel():
             pages = torch.frombuffer(bytearray(self.table.table(numbers, columns)), dtype=torch.int32).view_as(pages)
         self._open = numbers, block, lengths, pages
+        self._unwritten = set(range(len(self._buffers)))
 
     def append_and_attend(
         self,
@@ -125,11 +128,16 @@ class PagedCache:
         if not self._buffers[layer]:
             self._allocate(layer, key)
         keys, values, *scales = self._buffers[layer]
-        return ops.attend_cached(
+        out = ops.attend_cached(
             query, key, value, keys, values, lengths.clone(), pages=pages, mask=mask, causal=causal, scale=scale,
             rotary=rotary, window=self.window, sinks=self.sinks, sink_positions=self.sink_positions,
             **dict(zip(("key_scales", "value_scales"), scales, strict=False)),
         )  # fmt: skip
+        if layer in self._unwritten:
+            self._unwritten.remove(layer)
+            if not self._unwritten:
+                self.table.written(numbers)
+        return out
 
     def fork(self, sequence: int, copies: int = 1) -> list[int]:
         """So many further sequences with the same tokens, which take no memory until they go on."""

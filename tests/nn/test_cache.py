@@ -270,3 +270,25 @@ def test_a_static_cache_compiles_once_for_all_steps():
     assert caches[0].length == 12
     with pytest.raises(ValueError, match="key has 30 tokens behind 12"):
         caches[0].append_and_attend(*tokens(2, 30))
+
+
+def test_what_is_refused_is_not_counted():
+    cache = KeyValueCache()
+    key = torch.randn(2, 2, 3, 4)
+    cache.append(key, key)
+    one = torch.randn(2, 2, 1, 4)
+    with pytest.raises(ValueError, match="query has 3 heads"):
+        cache.append_and_attend(torch.randn(2, 3, 1, 4), one, one)
+    assert cache.length == 3
+    assert torch.equal(cache.keys, key)
+
+
+def test_length_is_that_of_the_longest_row_that_is_left():
+    cache = KeyValueCache()
+    key = torch.randn(2, 1, 9, 4)
+    cache.append(key, key)
+    cache.crop([3, 9])
+    cache.crop([9, 2])
+    assert cache.length == 3
+    cache.select(torch.tensor([1]))
+    assert cache.length == 2
