@@ -27,7 +27,7 @@ constexpr int kMostThreads = 512, kFewestThreads = 128;
 constexpr int kColumns = 4;                 // sites, or samples, that share a weight
 constexpr int64_t kMostSamples = 4;         // of a block
 constexpr int64_t kFullDevice = 128;        // blocks that keep every multiprocessor busy
-constexpr size_t kSharedBytes = 80 * 1024;  // what weights and partial sums may take beside the sampler's scratch
+constexpr size_t kSharedBytes = 80 * 1024;  // what weights and workspace may take beside the sampler's scratch
 
 template <class T>
 struct Advancing {
@@ -77,19 +77,19 @@ class Walker {
         first_(static_cast<int64_t>(blockIdx.x) * all.samples),
         count_(static_cast<int>(min(all.samples, all.n - first_))),
         weights_(all.weights),
-        partial_(shared),
+        workspace_(shared),
         scratch_(scratch) {
     if (!all.staged) return;
-    T* const staged = shared + partial_size(header_, static_cast<int>(blockDim.x));
+    T* const staged = shared + workspace_size(static_cast<int>(blockDim.x));
     for (int64_t i = threadIdx.x; i < header_.weights; i += blockDim.x) staged[i] = all.weights[i];
     weights_ = staged;
     __syncthreads();
   }
 
-  // Numbers of shared memory for the sums of slices.
-  static __host__ __device__ __forceinline__ int64_t partial_size(const Header& header, int threads) {
-    const int64_t outputs = (int64_t{header.widest} + kWarp - 1) / kWarp * kWarp;
-    return kColumns * (outputs > threads ? outputs : threads);
+  // Numbers of shared memory for the sums of slices, one a thread and column, and later for the draw of a pixel.
+  static __host__ __device__ __forceinline__ int64_t workspace_size(int threads) {
+    constexpr int kDraw = logistics::kDrawArrays * logistics::padded(logistics::kMaxMixtures);
+    return kColumns * threads > kDraw ? kColumns * threads : kDraw;
   }
 
   __device__ __forceinline__ void run() {
@@ -200,7 +200,8 @@ class Walker {
     const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
     const int warps = static_cast<int>(blockDim.x) / kWarp;
     const int outputs = static_cast<int>(padded(in.channels)), units = (outputs + kWarp - 1) / kWarp;
-    const int slices = max(1, warps / units);
+    const int slices = max(1, warps / units);  // several only where each warp has one job at most
+    const T* const bias = weights_ + in.weights;
     int64_t inputs = 0;
     for (int32_t s = 0; s < in.sources; ++s) inputs += program_.sources[in.first_source + s].count;
     Column at[kColumns];
@@ -211,14 +212,20 @@ class Walker {
       T sums[kColumns] = {};
       multiply_slice(in, y, at, output, inputs * slice / slices, inputs * (slice + 1) / slices, inputs, sums);
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) partial_[(c * slices + slice) * units * kWarp + output] = sums[c];
+      for (int c = 0; c < kColumns; ++c) {
+        if (slices > 1) {
+          workspace_[(c * slices + slice) * units * kWarp + output] = sums[c];
+        } else if (c < columns && output < outputs) {
+          target(in, y, at[c])[output] = bias[output] + sums[c];
+        }
+      }
     }
+    if (slices == 1) return;
     __syncthreads();
-    const T* const bias = weights_ + in.weights;
     for (int i = static_cast<int>(threadIdx.x); i < outputs * columns; i += static_cast<int>(blockDim.x)) {
       const int c = i / outputs, output = i % outputs;
       T sum = bias[output];
-      for (int slice = 0; slice < slices; ++slice) sum += partial_[(c * slices + slice) * units * kWarp + output];
+      for (int slice = 0; slice < slices; ++slice) sum += workspace_[(c * slices + slice) * units * kWarp + output];
       target(in, y, column(x, first + c))[output] = sum;
     }
   }
@@ -427,7 +434,7 @@ class Walker {
     const int colours = header_.channels, levels = static_cast<int>(all_.logistics);
     const int mixtures = static_cast<int>(header_.vocabulary / logistics::parameter_count(colours, 1));
     const bool drawing = all_.mode == Advance::kDraw;
-    T x[3], log_probs[3], joint[logistics::kMaxMixtures];
+    T x[3], log_probs[3];
     bool known[3];
     for (int c = 0; c < colours; ++c) {
       known[c] = c < channel_number + (drawing ? 0 : 1);
@@ -435,7 +442,7 @@ class Walker {
     }
     logistics::draw_pixel(logistics::Pixel<T, T>{numbers, 1, mixtures, colours}, levels,
                           static_cast<uint64_t>(all_.seeds[row]), static_cast<uint64_t>(sample_id(row)),
-                          static_cast<uint64_t>(step - channel_number), known, x, log_probs, joint);
+                          static_cast<uint64_t>(step - channel_number), known, x, log_probs, workspace_);
     const T value = x[channel_number];
     *log_prob = log_probs[channel_number];
     if (!drawing) return;
@@ -450,7 +457,7 @@ class Walker {
   int64_t first_;
   int count_;
   const T* weights_;
-  T* partial_;
+  T* workspace_;
   sampling::Scratch<T>* scratch_;
 };
 
@@ -480,8 +487,8 @@ struct Cuda {
     }
     const Tensor rows = torch::stable::new_empty(state, {n, header.vocabulary});
     const Tensor scores = torch::stable::new_empty(state, {blocks * (threads / kWarp) * keys});
-    const size_t partial = static_cast<size_t>(Walker<T>::partial_size(header, threads)) * sizeof(T);
-    const size_t whole = partial + static_cast<size_t>(header.weights) * sizeof(T);
+    const size_t workspace = static_cast<size_t>(Walker<T>::workspace_size(threads)) * sizeof(T);
+    const size_t whole = workspace + static_cast<size_t>(header.weights) * sizeof(T);
     const OnDevice device(state.get_device_index());
 
     Advancing<T> all{};
@@ -511,7 +518,7 @@ struct Cuda {
     all.scores = static_cast<T*>(scores.data_ptr());
     all.staged = whole <= kSharedBytes;
     launch(advance_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
-           all.staged ? whole : partial, device.stream(), all);
+           all.staged ? whole : workspace, device.stream(), all);
   }
 };
 

@@ -7,6 +7,7 @@
 #include <mutex>
 
 #include "incremental.h"
+#include "logistics.h"
 #include "sampling_checks.h"
 #include "tensor.h"
 
@@ -119,7 +120,7 @@ class IncrementalChecker {
     const int64_t of_colours = header.channels == 3 ? 10 : 3;
     check(inputs_.logistics == 0 ||
               ((header.channels == 1 || header.channels == 3) && header.vocabulary % of_colours == 0 &&
-               inputs_.logistics >= 2 && header.vocabulary / of_colours <= 128),
+               inputs_.logistics >= 2 && header.vocabulary / of_colours <= logistics::kMaxMixtures),
           "a program with ", header.channels, " channels and ", header.vocabulary,
           " outputs is no discretized mixture of logistics");
   }

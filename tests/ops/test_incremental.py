@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from cases import close
-from incremental_cases import CASES, build
-from torch import Tensor
+from incremental_cases import CASES, MaskedConv2d, build
+from torch import Tensor, nn
 
 from pygen import _native, ops
 from pygen.autoregressive.incremental import Incremental, incremental
@@ -26,6 +26,13 @@ def program(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     if "condition" in options:
         options["condition"] = options["condition"].to(device)
     return incremental(case.model.to(device), case.shape, levels=case.levels, verify=False, **options)
+
+
+def tiny(shape: tuple[int, ...], outputs: int, device: torch.device, dtype: torch.dtype, **options: Any) -> Incremental:
+    """A network of two layers with as many outputs as asked for."""
+    torch.manual_seed(outputs)
+    model = nn.Sequential(MaskedConv2d("A", shape[0], 4, 3, padding=1), nn.Conv2d(4, outputs, 1)).to(device, dtype)
+    return incremental(model, shape, verify=False, **options)
 
 
 def arguments(net: Incremental, n: int, **changes: Any) -> dict[str, Any]:
@@ -54,16 +61,20 @@ def both(net: Incremental, n: int, **changes: Any) -> tuple[tuple[Tensor, ...], 
     return found[0], found[1]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", SMALL)
-def test_equals_the_reference(backend, device, name, dtype):
-    net = program(name, dtype, str(device))
+def check(net: Incremental, n: int) -> None:
+    """The kernel against the reference."""
     for mode in ("follow", "score", "draw"):
-        (tokens, log_prob, logits), expected = both(net, 2, mode=mode, with_logits=True)
+        (tokens, log_prob, logits), expected = both(net, n, mode=mode, with_logits=True)
         assert torch.equal(tokens, expected[0])
         close(logits, expected[2], scale=30)
         close(log_prob, expected[1], scale=30)
         assert (log_prob == 0).all() == (mode == "follow")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", SMALL)
+def test_equals_the_reference(backend, device, name, dtype):
+    check(program(name, dtype, str(device)), 2)
 
 
 @pytest.mark.parametrize("name", sorted(set(CASES) - set(SMALL)))
@@ -96,6 +107,19 @@ def test_levels_are_those_of_the_mixture_s_sampler(backend, device):
     )
     assert torch.equal(net.values[own["tokens"][:, 7]], x[:, 0])
     torch.testing.assert_close(log_prob[:, 7], chance[:, 0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("mixtures", "colours"), [(17, 3), (128, 3), (128, 1)])
+def test_mixtures_of_many_components(backend, device, mixtures, colours, dtype):
+    outputs = mixtures * (10 if colours == 3 else 3)
+    check(tiny((colours, 2, 3), outputs, device, dtype, levels=16, logistics=True), 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("levels", [8192, 16384])
+def test_many_outputs(backend, device, levels, dtype):
+    check(tiny((1, 1, 3), levels, device, dtype, levels=levels), 2)
 
 
 @pytest.mark.parametrize("name", ["gated, colours", "snail"])
