@@ -289,3 +289,13 @@ else:
     raise AssertionError("imported")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_entries_of_dicts_are_put_back():
+    table = {"here": 1}
+    changes = Changes()
+    changes.set(table, "here", 2)
+    changes.set(table, "new", 3)
+    assert table == {"here": 2, "new": 3}
+    changes.undo()
+    assert table == {"here": 1}
