@@ -39,7 +39,8 @@ def test_example(path, tmp_path, monkeypatch, capsys):
 
 
 def test_there_is_one_for_each_use():
-    assert {path.stem for path in EXAMPLES} >= {"tabular", "super_resolution", "transfer", "vae_flows"}
+    uses = {"tabular", "super_resolution", "transfer", "vae_flows", "completion", "wavenet"}
+    assert {path.stem for path in EXAMPLES} >= uses
 
 
 def test_the_density_of_healthy_rows_finds_the_others():
@@ -136,3 +137,22 @@ def test_a_vae_learns_with_flows_in_both_places():
     assert bits(16) < after
     for flow, parameters in zip((model.posterior_flow, model.prior), flows, strict=True):
         assert all(not torch.equal(p, q) for p, q in zip(flow.parameters(), parameters, strict=True))
+
+
+def test_wavenet_learns_a_sound_and_goes_on_from_it(tmp_path, monkeypatch):
+    example = load("wavenet")
+    sound = example.compress(example.melody(2.0, 8000))
+    assert (sound.min(), sound.max()) == (pytest.approx(-0.96, abs=0.06), pytest.approx(0.96, abs=0.06))
+    model = example.WaveNet(example.WaveNetConfig(shape=(1, 1, 400), layers=5, stacks=1, width=16, skip=32))
+    losses = example.train(model, sound, steps=60, batch=4)
+    assert losses[-1] < losses[0] - 0.5
+    monkeypatch.chdir(tmp_path)
+    example.write_wav("given.wav", example.expand(sound), 8000)
+    options = ["--sound", "given.wav", "--steps", "2", "--seconds", "0.05", "--out", "out.wav"]
+    monkeypatch.setattr(sys, "argv", ["wavenet.py", *options])
+    example.main()
+    (given,), _ = example.read_wav("given.wav")
+    (written,), rate = example.read_wav("out.wav")
+    assert (len(written), rate) == (4400, 8000)
+    torch.testing.assert_close(written[:4000], given[:4000], atol=2e-3, rtol=0.02)
+    assert written[4000:].std() > 0

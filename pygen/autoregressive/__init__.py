@@ -1,13 +1,14 @@
 """Autoregressive models: exact densities by the chain rule, one token after another."""
 
 from pygen.autoregressive.blockwise import BlockwiseHeads, BlockwiseModel, blockwise_sample
+from pygen.autoregressive.config import AutoregressiveConfig
 from pygen.autoregressive.fixed_point import fixed_point_sample
 from pygen.autoregressive.gated_pixelcnn import GatedPixelCNN, GatedPixelCNNConfig
 
 # Not lazily: a later import of the folder `incremental` would put the module where this function is expected.
 from pygen.autoregressive.incremental import ConversionError, Incremental, incremental
 from pygen.autoregressive.made import MADEConfig, MaskedAutoencoder
-from pygen.autoregressive.model import AutoregressiveConfig, AutoregressiveModel
+from pygen.autoregressive.model import AutoregressiveModel
 from pygen.autoregressive.palette import fit_palette
 from pygen.autoregressive.pixelcnn import PixelCNN, PixelCNNConfig
 from pygen.autoregressive.pixelcnnpp import PixelCNNPP, PixelCNNPPConfig

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pygen.autoregressive.model import AutoregressiveConfig, AutoregressiveModel
+from pygen.autoregressive.config import AutoregressiveConfig
+from pygen.autoregressive.model import AutoregressiveModel
 from pygen.nn.masked import HorizontalConv2d, VerticalConv2d, shift_down
 
 

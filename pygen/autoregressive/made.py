@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pygen.autoregressive.model import AutoregressiveConfig, AutoregressiveModel
+from pygen.autoregressive.config import AutoregressiveConfig
+from pygen.autoregressive.model import AutoregressiveModel
 from pygen.autoregressive.state import State
 from pygen.nn.made import DEGREES, MADE, MaskedLinear
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from pygen import ops
-from pygen.autoregressive.model import AutoregressiveConfig, AutoregressiveModel, Sampling
+from pygen.autoregressive.config import AutoregressiveConfig
+from pygen.autoregressive.model import AutoregressiveModel
+from pygen.autoregressive.sampling import Sampling
 from pygen.autoregressive.state import PrefixState, State
 from pygen.ops.logistics import level_log_prob
 

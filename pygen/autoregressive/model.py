@@ -4,67 +4,23 @@ order, trained and evaluated in one pass over all tokens, and sampled token by t
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pygen import _native, ops
+from pygen.autoregressive.config import AutoregressiveConfig
 from pygen.autoregressive.incremental import Incremental, incremental
 from pygen.autoregressive.progress import Progress, Target
+from pygen.autoregressive.sampling import Sampling, sequence_log_prob
 from pygen.autoregressive.state import PrefixState, State
-from pygen.model import Density, GenerativeModel, ModelConfig, Stage, refuse_steps
+from pygen.model import Density, GenerativeModel, Stage, refuse_steps
 from pygen.ops.kept import Kept
 from pygen.ops.noise import TOKEN_STREAM, philox_uniform_reference, signed_seed
 
 _CONVERTED: Kept[dict[tuple[int, ...], Incremental]] = Kept()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AutoregressiveConfig(ModelConfig):
-    """What every autoregressive model needs to know of its data: see `ModelConfig`."""
-
-    def require_odd(self, *names: str) -> None:
-        """ValueError where one of these fields is no odd number from 3."""
-        for name in names:
-            value = getattr(self, name)
-            if value < 3 or value % 2 == 0:
-                raise ValueError(f"{name} is {value}, but expected an odd number from 3")
-
-    def require_colours(self, *names: str) -> None:
-        """ValueError where one of these fields is no positive multiple of the picture's channels."""
-        for name in names:
-            value = getattr(self, name)
-            if value < 1 or value % self.shape[0]:
-                raise ValueError(f"{name} is {value}, but expected a positive multiple of the {self.shape[0]} channels")
-
-
-class Sampling(NamedTuple):
-    """How tokens are drawn; see `AutoregressiveModel.sample`."""
-
-    ids: Tensor
-    condition: Tensor | None
-    seed: int
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    typical_p: float | None = None
-    guidance: float | None = None
-
-    @property
-    def filtered(self) -> bool:
-        """Whether the tokens' distribution is changed before they are drawn."""
-        return tuple(self.filters.values()) != (1.0, None, None, None, None)
-
-    @property
-    def filters(self) -> dict[str, Any]:
-        """The arguments of `ops.sample_logits` that change the distribution."""
-        names = ("temperature", "top_k", "top_p", "min_p", "typical_p")
-        return {name: getattr(self, name) for name in names}
 
 
 class AutoregressiveModel(GenerativeModel):
@@ -173,6 +129,8 @@ class AutoregressiveModel(GenerativeModel):
         served = self.device.type == "cpu" and parameters[0].dtype in (torch.float32, torch.float64)
         if not self.convolutional or not served or _native.kernels_for(parameters[0]) is None:
             return None
+        if self.config.shape[1:] == (1, 1) and length in (None, self.length):
+            return None  # of a single pixel there is nothing to keep
         shape = self.config.shape if length in (None, self.length) else (1, 1, length or self.length)
         with torch.no_grad():
             by_shape = _CONVERTED.get(self, parameters, dict[tuple[int, ...], Incremental])
@@ -433,9 +391,3 @@ class AutoregressiveModel(GenerativeModel):
         seeds = ids.new_tensor(signed_seed(seed))
         u = philox_uniform_reference(seeds, ids[:, None], TOKEN_STREAM, position, ids.new_tensor(self.uniform_word))
         return (2 * self.lay_out(u) - 1).to(next(self.parameters()).dtype)
-
-
-def sequence_log_prob(logits: Tensor, tokens: Tensor) -> Tensor:
-    """log P in nats, (n,), of int64 tokens (n, length) under logits (n, length, vocabulary)."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return -F.cross_entropy(wide.transpose(1, 2), tokens, reduction="none").sum(1)

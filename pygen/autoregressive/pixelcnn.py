@@ -13,7 +13,8 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pygen.autoregressive.model import AutoregressiveConfig, AutoregressiveModel
+from pygen.autoregressive.config import AutoregressiveConfig
+from pygen.autoregressive.model import AutoregressiveModel
 from pygen.nn.masked import HorizontalConv2d, MaskedConv2d
 
 

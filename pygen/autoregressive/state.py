@@ -32,6 +32,7 @@ class State(ABC):
         self.rows = rows
         self.length = length
         self.position = 0
+        self._like: Tensor | None = None  # what an empty block gets is like this
 
     @abstractmethod
     def first(self) -> Tensor:
@@ -81,7 +82,11 @@ class State(ABC):
                 f"token has {block} tokens after {self.position}, but expected at most {self.length - 1} in all: "
                 "nothing follows the last"
             )
-        logits = self.feed(tokens) if block else self.first()[:, None][:, :0]
+        if not block:
+            like = self.first()[:, None] if self._like is None else self._like
+            return like.new_empty(self.rows, 0, like.shape[2])
+        logits = self.feed(tokens)
+        self._like = logits.new_empty(0, 0, logits.shape[2])
         self.position += block
         return logits[:, 0] if token.dim() == 1 else logits
 

@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pygen.autoregressive.model import AutoregressiveConfig, AutoregressiveModel, sequence_log_prob
+from pygen.autoregressive.config import AutoregressiveConfig
+from pygen.autoregressive.model import AutoregressiveModel
 from pygen.autoregressive.palette import fit_palette, nearest_colour
+from pygen.autoregressive.sampling import sequence_log_prob
 from pygen.autoregressive.state import State
 from pygen.nn.layer_caches import LayerCaches
 from pygen.nn.transformer import CausalTransformer

@@ -177,8 +177,8 @@ FAMILIES: dict[str, dict[str, Recipe]] = {
             module="pygen.autoregressive",
             model="PixelSNAIL",
             config="PixelSNAILConfig",
-            training=TrainingConfig(steps=500, batch_size=64, learning_rate=3e-3, betas=(0.9, 0.999), warmup=50),
-            changes={"blocks": 2, "layers": 2, "width": 24, "keys": 8, "values": 24, "mixtures": 5, "dropout": 0.1},
+            training=TrainingConfig(steps=500, batch_size=64, learning_rate=6e-3, betas=(0.9, 0.999), warmup=50),
+            changes={"blocks": 2, "layers": 2, "width": 32, "keys": 8, "values": 32, "mixtures": 5, "dropout": 0.05},
         ),
         "wavenet": Recipe(
             module="pygen.autoregressive",
@@ -192,18 +192,18 @@ FAMILIES: dict[str, dict[str, Recipe]] = {
             model="MaskedAutoencoder",
             config="MADEConfig",
             training=TrainingConfig(
-                steps=900, batch_size=64, learning_rate=2e-3, betas=(0.9, 0.99), weight_decay=1.0, warmup=50
+                steps=1500, batch_size=64, learning_rate=4e-3, betas=(0.9, 0.99), weight_decay=2.0, warmup=50
             ),
-            changes={"width": 200},
+            changes={"width": 300},
         ),
         "transformer": Recipe(
             module="pygen.autoregressive",
             model="TokenTransformer",
             config="TokenTransformerConfig",
             training=TrainingConfig(
-                steps=500, batch_size=64, learning_rate=3e-3, betas=(0.9, 0.95), weight_decay=0.1, warmup=50
+                steps=700, batch_size=64, learning_rate=4e-3, betas=(0.9, 0.95), weight_decay=0.1, warmup=50
             ),
-            changes={"layers": 3, "width": 64, "heads": 4, "dropout": 0.2},
+            changes={"layers": 3, "width": 64, "heads": 4, "dropout": 0.1},
         ),
     },
 }

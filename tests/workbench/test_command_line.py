@@ -74,6 +74,7 @@ def test_a_mistake_ends_a_process_with_code_2_and_no_traceback(tmp_path: Path) -
     [
         (["compare", "--help"], ["--data", "--families", "--budget {quick,full}", "--seed", "(default: digits)"]),
         (["compare", "--help"], ["--flow", "Recipe of the flow family: realnvp, nice", "(default: realnvp)"]),
+        (["compare", "--help"], ["--autoregressive", "Recipe of the autoregressive family: gated-pixelcnn, pixelcnn"]),
         (
             ["train", "flow", "--help"],
             ["--recipe", "Which model: realnvp, nice", "--model.couplings", "how often the picture is squeezed"],
@@ -114,6 +115,8 @@ def test_unknown_names_get_a_suggestion(capsys: pytest.CaptureFixture[str]) -> N
     assert "--learning-rate" in refused(["train", "gan", "--learning-rat", "3"], capsys)
     assert "gan" in refused(["compare", "--families", "gann"], capsys)
     assert fails(["compare", "--flow", "glwo"], capsys) == "there is no flow recipe 'glwo': did you mean glow?"
+    text = "there is no autoregressive recipe 'wavnet': did you mean wavenet?"
+    assert fails(["compare", "--autoregressive", "wavnet"], capsys) == text
     text = "there is no flow recipe 'realnpv': did you mean realnvp?"
     assert fails(["train", "flow", "--recipe", "realnpv"], capsys) == text
     assert fails(["train", "flow", "--steps", "2", "--recipe=realnpv"], capsys) == text

@@ -41,6 +41,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "vae": {"width": 16},
     "diffusion": {"width": 16, "sample_steps": 4},
     "flow": {"scales": 2, "steps": 1, "width": 4},
+    "autoregressive": {"resolutions": 2, "blocks": 1, "width": 8, "mixtures": 3},
 }
 
 
@@ -133,6 +134,14 @@ def test_the_recipe_that_was_asked_for_is_the_one_compared(tmp_path: Path, capsy
     assert "\nFlow (glow)  exact" in capsys.readouterr().out
     with pytest.raises(ValueError, match="'glwo' is no recipe of the flow family: did you mean 'glow'"):
         run(tmp_path, seed=0, families=("flow",), flow="glwo")
+
+
+def test_autoregressive_recipes_are_compared_by_their_exact_bits(tmp_path: Path) -> None:
+    summary = run(tmp_path, seed=0, families=("autoregressive",), autoregressive="pixelcnn++")
+    row = summary["families"]["autoregressive"]
+    assert (row["recipe"], row["bits_kind"], row["network_passes"]) == ("pixelcnn++", "exact", 64)
+    assert type(load_model(tmp_path / "checkpoints" / "autoregressive")).__name__ == "PixelCNNPP"
+    assert "Autoregressive (pixelcnn++)" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_same_seed_gives_the_same_numbers(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
