@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from pygen import _native, ops
 from pygen.autoregressive.incremental import ConversionError, Incremental, incremental
+from pygen.autoregressive.incremental.converted import IncrementalState
 
 CONVERTED: dict[str, tuple[Case, Incremental]] = {}
 
@@ -156,27 +158,61 @@ def test_steps_are_the_same_bits_as_a_whole_sample(name: str) -> None:
     assert torch.equal(net.step(None, forked)[0], whole[:, 0].repeat_interleave(2, 0))
 
 
+@dataclasses.dataclass
+class Course:
+    """A state, and of each of its rows the class and the tokens that were fed to it."""
+
+    state: IncrementalState
+    labels: Tensor
+    tokens: Tensor
+
+    def feed(self, net: Incremental, block: int) -> None:
+        """Different tokens to each row: the logits are those of all that the row was ever fed."""
+        at = self.state.position
+        assert (self.state.rows, at) == self.tokens.shape
+        fresh = torch.randint(net.levels, (self.state.rows, block))
+        logits, self.state = net.step(fresh, self.state)
+        self.tokens = torch.cat([self.tokens, fresh], 1)
+        whole = F.pad(self.tokens, (0, net.length - at - block))
+        assert torch.equal(logits, net.logits(whole, condition=self.labels)[:, at + 1 : at + 1 + block])
+
+    def crop(self, position: int) -> None:
+        self.state.crop(position)
+        self.tokens = self.tokens[:, :position]
+
+    def fork(self, copies: int) -> Course:
+        return Course(
+            self.state.fork(copies), self.labels.repeat_interleave(copies), self.tokens.repeat_interleave(copies, 0)
+        )
+
+    def reorder(self, index: Tensor) -> None:
+        self.state.reorder(index)
+        self.labels, self.tokens = self.labels[index], self.tokens[index]
+
+
 @given(st.data())
 def test_any_course_of_steps_crops_forks_and_reorders(data: st.DataObject) -> None:
-    _, net = converted("gated")
-    tokens = torch.randint(net.levels, (1, net.length))
-    whole = net.logits(tokens)[0]
-    histories = [[]]
-    state = net.start(1)
+    _, net = converted("gated, classes")
+    torch.manual_seed(data.draw(st.integers(0, 2**16)))
+    rows = data.draw(st.integers(1, 3))
+    labels = torch.arange(rows)
+    courses = [Course(net.start(rows, condition=labels), labels, torch.zeros(rows, 0, dtype=torch.int64))]
     for _ in range(data.draw(st.integers(1, 8))):
+        course = data.draw(st.sampled_from(courses))
+        position, left = course.state.position, net.length - 1 - course.state.position
         move = data.draw(st.sampled_from(["feed", "feed", "crop", "fork", "reorder"]))
-        if move == "feed" and state.position < net.length - 1 and state.rows:
-            block = data.draw(st.integers(1, min(7, net.length - 1 - state.position)))
-            at = state.position
-            logits, state = net.step(tokens[:, at : at + block].expand(state.rows, -1), state)
-            assert torch.equal(logits, whole[at + 1 : at + 1 + block].expand(state.rows, -1, -1))
+        if move == "feed" and left:
+            course.feed(net, data.draw(st.integers(1, min(7, left))))
         elif move == "crop":
-            state.crop(data.draw(st.integers(0, state.position)))
+            course.crop(data.draw(st.integers(0, position)))
         elif move == "fork":
-            state = state.fork(data.draw(st.integers(1, 2)))
+            courses.append(course.fork(data.draw(st.integers(1, 2))))
         elif move == "reorder":
-            state.reorder(torch.tensor(data.draw(st.lists(st.integers(0, state.rows - 1), min_size=1, max_size=4))))
-    assert histories
+            index = st.lists(st.integers(0, course.state.rows - 1), min_size=1, max_size=4)
+            course.reorder(torch.tensor(data.draw(index)))
+    for course in courses:
+        if course.state.position < net.length - 1:
+            course.feed(net, 1)
 
 
 @pytest.mark.parametrize("name", ["gated, colours", "wave", "plus plus"])
