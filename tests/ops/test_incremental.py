@@ -259,6 +259,26 @@ def test_compiles_without_a_break():
     assert torch.equal(own["tokens"], expected["tokens"])
 
 
+def test_graph_replay(backend, device):
+    if backend != "cuda":
+        pytest.skip("graphs are captured on a GPU only")
+    net, seed = program("gated, colours", device=str(device)), torch.zeros((), dtype=torch.int64, device=device)
+    own = arguments(net, 3, mode="draw", with_logits=True, seed=seed)
+    ops.incremental_advance(**own)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        log_prob, logits = ops.incremental_advance(**own)
+        seed += 1
+    for step in range(3):
+        own["conditions"].normal_()
+        graph.replay()
+        twin = arguments(net, 3, mode="draw", with_logits=True, seed=step, conditions=own["conditions"])
+        expected = ops.incremental_advance(**twin)
+        assert torch.equal(own["tokens"], twin["tokens"])
+        assert torch.equal(log_prob, expected[0])
+        assert torch.equal(logits, expected[1])
+
+
 def changed(net: Incremental, section: str, place: tuple[int, int], number: int) -> Tensor:
     """The program's code with another number in it."""
     code = net.program.code.clone()

@@ -371,6 +371,37 @@ def test_unwritten_output_would_show(backend, device):
         torch.use_deterministic_algorithms(False)
 
 
+def test_graph_replay(backend, device):
+    if backend != "cuda":
+        pytest.skip("graphs are captured on a GPU only")
+    x, parameters = pictures(4, 3, 30, device=device), proposed(4, 3, 10, 30).to(device)
+    position = torch.zeros((), dtype=torch.int64, device=device)
+    options = {"seed": 1, "sample_ids": torch.arange(4, device=device), "position": position}
+
+    def all_of(**changes: int) -> tuple[Tensor, ...]:
+        leaf = parameters.detach().requires_grad_()
+        log_prob = ops.discretized_logistics_log_prob(x, leaf)
+        (grad,) = torch.autograd.grad(log_prob.sum(), leaf)
+        pixel = parameters[:, :, 7].contiguous()
+        return log_prob.detach(), grad, *ops.sample_discretized_logistics(pixel, **{**options, **changes})
+
+    side = torch.cuda.Stream()  # where autograd is warmed up, as PyTorch asks for
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        all_of()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actual = all_of()
+        position += 1
+    for step in range(3):
+        parameters.copy_(proposed(4, 3, 10, 30))
+        x.copy_(pictures(4, 3, 30))
+        graph.replay()
+        for one, other in zip(actual, all_of(position=step), strict=True):
+            assert torch.equal(one, other)
+
+
 REFUSALS = {
     "x has 2 colours, but expected 1 or 3": {"x": torch.zeros(2, 2, 4), "parameters": torch.zeros(2, 10, 4)},
     "parameters has 12 values for a pixel, but expected 10 for each": {"parameters": torch.zeros(2, 12, 4)},

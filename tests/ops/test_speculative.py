@@ -208,6 +208,28 @@ def test_compiles_in_one_graph(backend, device):
         assert torch.equal(actual.nan_to_num(9), expected.nan_to_num(9))
 
 
+def test_graph_replay(backend, device):
+    if backend != "cuda":
+        pytest.skip("graphs are captured on a GPU only")
+    target, draft = (torch.randn(4, drafts, 3000, device=device) for drafts in (4, 3))
+    tokens, ids = torch.zeros(4, 3, dtype=torch.int64, device=device), torch.arange(4, device=device)
+    position = torch.zeros((), dtype=torch.int64, device=device)
+    options = {"seed": 1, "sample_ids": ids, "position": position}
+    ops.speculative_accept(tokens, draft, target, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actual = ops.speculative_accept(tokens, draft, target, **options)
+        position += 1
+    for step in range(3):
+        target.normal_()
+        draft.normal_().add_(target[:, :3])
+        tokens.copy_(drafted(draft, ids, 1, step))
+        graph.replay()
+        expected = ops.speculative_accept(tokens, draft, target, **{**options, "position": step})
+        for one, other in zip(actual, expected, strict=True):
+            assert torch.equal(one.nan_to_num(9), other.nan_to_num(9))
+
+
 REFUSALS = {
     "target_logits has shape (2, 0, 5), but expected (rows, drafts + 1, vocabulary)": {
         "target_logits": torch.zeros(2, 0, 5)
