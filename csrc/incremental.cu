@@ -4,15 +4,15 @@
 // in the second-level cache where not.
 #include "incremental.h"
 
-#include "block_sampler.h"
+#include "incremental_block.h"
 #include "incremental_checks.h"
-#include "logistics.h"
 #include "simt.h"
 #include "tensor.h"
 
 namespace pygen {
 namespace {
 
+using incremental::Advancing;
 using incremental::Header;
 using incremental::Instruction;
 using incremental::kPanel;
@@ -28,26 +28,6 @@ constexpr int kColumns = 4;                 // sites, or samples, that share a w
 constexpr int64_t kMostSamples = 4;         // of a block
 constexpr int64_t kFullDevice = 128;        // blocks that keep every multiprocessor busy
 constexpr size_t kSharedBytes = 80 * 1024;  // what weights and workspace may take beside the sampler's scratch
-
-template <class T>
-struct Advancing {
-  Program program;  // on the device
-  int64_t n, samples, begin, end;
-  T* state;
-  int64_t* tokens;
-  const T *weights, *conditions, *values;
-  int64_t levels;
-  const bool* known;  // or nullptr
-  const int64_t* sample_ids;
-  int64_t id_stride;
-  PerRow seeds;
-  Advance mode;
-  int64_t logistics;
-  sampling::RowArguments<T, T> row;
-  T *log_prob, *logits;  // logits or nullptr
-  T *rows, *scores;      // what is drawn from, (n, vocabulary); scores of the keys for each warp
-  bool staged;           // whether the weights move to shared memory
-};
 
 // Sums of products round once a step, as in every library's convolutions; all else is compiled without contraction, so
 // that tokens are those of the sampler.
@@ -78,7 +58,7 @@ class Walker {
         count_(static_cast<int>(min(all.samples, all.n - first_))),
         weights_(all.weights),
         workspace_(shared),
-        scratch_(scratch) {
+        drawer_(all, shared, scratch) {
     if (!all.staged) return;
     T* const staged = shared + workspace_size(static_cast<int>(blockDim.x));
     for (int64_t i = threadIdx.x; i < header_.weights; i += blockDim.x) staged[i] = all.weights[i];
@@ -88,7 +68,7 @@ class Walker {
 
   // Numbers of shared memory for the sums of slices, one a thread and column, and later for the draw of a pixel.
   static __host__ __device__ __forceinline__ int64_t workspace_size(int threads) {
-    constexpr int kDraw = logistics::kDrawArrays * logistics::padded(logistics::kMaxMixtures);
+    constexpr int kDraw = incremental::BlockDrawer<T>::kWorkspace;
     return kColumns * threads > kDraw ? kColumns * threads : kDraw;
   }
 
@@ -370,85 +350,9 @@ class Walker {
         if (all_.logits) all_.logits[index * vocabulary + i] = numbers[i];
       }
       __syncthreads();
-      int64_t* const token = all_.tokens + row * header_.steps + step;
-      const bool given = all_.known && all_.known[row * header_.steps + step];
-      if (all_.mode == Advance::kFollow || (all_.mode == Advance::kDraw && given)) {
-        if (threadIdx.x == 0) all_.log_prob[index] = T(0);
-      } else if (all_.logistics > 0) {
-        draw_logistics(numbers, row, step, channel_number, token, all_.log_prob + index);
-      } else if (all_.mode == Advance::kScore) {
-        score(numbers, *token, all_.log_prob + index);
-      } else {
-        draw_logits(row, step, token, all_.log_prob + index);
-      }
+      drawer_.draw_or_score(row, step, all_.log_prob + index);
       __syncthreads();
     }
-  }
-
-  __device__ __forceinline__ int64_t sample_id(int64_t row) const { return all_.sample_ids[row * all_.id_stride]; }
-
-  __device__ __forceinline__ void draw_logits(int64_t row, int64_t step, int64_t* token, T* log_prob) {
-    sampling::BlockSampler<T, T> sampler(all_.row, row, scratch_);
-    if (!sampler.find_peak()) {
-      if (threadIdx.x == 0) {
-        *token = -1;
-        *log_prob = std::numeric_limits<T>::quiet_NaN();
-      }
-    } else if (all_.row.greedy) {
-      const int64_t first = sampler.first_of_peak();
-      if (threadIdx.x == 0) {
-        *token = first;
-        *log_prob = T(0);
-      }
-    } else {
-      sampler.filter();
-      sampler.draw(sampling::uniform(all_.seeds[row], sample_id(row), step), [&](int64_t drawn, T own) {
-        *token = drawn;
-        *log_prob = own;
-      });
-    }
-  }
-
-  __device__ __forceinline__ void score(const T* numbers, int64_t token, T* log_prob) const {
-    T peak = -std::numeric_limits<T>::infinity();
-    for (int64_t i = threadIdx.x; i < header_.vocabulary; i += blockDim.x) {
-      if (numbers[i] > peak || numbers[i] != numbers[i]) peak = numbers[i];
-      if (peak != peak) break;
-    }
-    peak = block_max(peak, scratch_->values);
-    double total = 0;
-    for (int64_t i = threadIdx.x; i < header_.vocabulary; i += blockDim.x) {
-      total += static_cast<double>(scalar::exp(numbers[i] - peak));
-    }
-    total = block_sum(total, reinterpret_cast<double*>(scratch_->sums));
-    if (threadIdx.x != 0) return;
-    *log_prob = token >= 0 && token < header_.vocabulary
-                    ? static_cast<T>(static_cast<double>(numbers[token] - peak) - scalar::log(total))
-                    : std::numeric_limits<T>::quiet_NaN();
-  }
-
-  // One thread's work: a pixel is a few dozen numbers.
-  __device__ __forceinline__ void draw_logistics(const T* numbers, int64_t row, int64_t step, int64_t channel_number,
-                                                 int64_t* token, T* log_prob) const {
-    if (threadIdx.x != 0) return;
-    const int colours = header_.channels, levels = static_cast<int>(all_.logistics);
-    const int mixtures = static_cast<int>(header_.vocabulary / logistics::parameter_count(colours, 1));
-    const bool drawing = all_.mode == Advance::kDraw;
-    T x[3], log_probs[3];
-    bool known[3];
-    for (int c = 0; c < colours; ++c) {
-      known[c] = c < channel_number + (drawing ? 0 : 1);
-      if (known[c]) x[c] = static_cast<T>(token[c - channel_number]) * T(2.0 / (levels - 1)) - T(1);
-    }
-    logistics::draw_pixel(logistics::Pixel<T, T>{numbers, 1, mixtures, colours}, levels,
-                          static_cast<uint64_t>(all_.seeds[row]), static_cast<uint64_t>(sample_id(row)),
-                          static_cast<uint64_t>(step - channel_number), known, x, log_probs, workspace_);
-    const T value = x[channel_number];
-    *log_prob = log_probs[channel_number];
-    if (!drawing) return;
-    *token = value == value && *log_prob == *log_prob
-                 ? static_cast<int64_t>(std::rint((value + T(1)) * T(0.5 * (levels - 1))))
-                 : -1;
   }
 
   const Advancing<T>& all_;
@@ -458,7 +362,7 @@ class Walker {
   int count_;
   const T* weights_;
   T* workspace_;
-  sampling::Scratch<T>* scratch_;
+  incremental::BlockDrawer<T> drawer_;
 };
 
 template <class T>
