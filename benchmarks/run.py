@@ -23,7 +23,7 @@ from typing import Any
 
 FAMILIES = (
     "coupling", "spline", "piecewise", "mixture", "masked", "flows_small", "memory", "compat", "schedule", "noise",
-    "cache", "sampling", "logistics", "incremental", "tarflow", "compat_zuko",
+    "cache", "sampling", "logistics", "incremental", "tarflow", "compat_zuko", "generate",
 )  # fmt: skip
 
 # glibc hands fresh pages to every large output, and their faults would hide the kernels; see --allocator.
