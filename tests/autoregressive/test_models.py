@@ -88,18 +88,23 @@ def test_drawing_agrees_with_the_full_forward(
 
 
 @functools.cache
-def of_two_rows(recipe: str, colours: int) -> AutoregressiveModel:
-    """A model of small pictures, converted once."""
-    return small(recipe, shape=(colours, 2, 4), levels=5, classes=3)
+def of_two_rows(recipe: str, colours: int, program: bool) -> AutoregressiveModel:
+    """A model of small pictures, converted once, or without its program as on a device that has none."""
+    model = small(recipe, shape=(colours, 2, 4), levels=5, classes=3)
+    if not program:
+        model.converted = lambda length=None: None  # type: ignore[method-assign]
+    return model
 
 
-@every_recipe
+@pytest.mark.parametrize(
+    ("recipe", "program"), [(r, False) for r in RECIPES] + [(r, True) for r in RECIPES if r in CONVERTED]
+)
 @settings(max_examples=10)
 @given(colours=st.sampled_from([1, 3]), data=st.data())
 def test_any_way_through_a_state_gives_the_logits_of_the_full_forward(
-    recipe: str, colours: int, data: st.DataObject
+    recipe: str, program: bool, colours: int, data: st.DataObject
 ) -> None:
-    model = of_two_rows(recipe, colours)
+    model = of_two_rows(recipe, colours, program)
     x, labels = random_pictures(model, 3), torch.tensor([2, 0, 1])
     tokens, full = model.tokens(x), model.logits(x, condition=labels).detach()
     rows = torch.arange(3)
@@ -249,6 +254,11 @@ def test_completion_keeps_what_is_known_and_draws_the_rest(recipe: str) -> None:
     filled = model.complete(hidden.masked_fill(~mixed, 0), mixed, condition=labels, seed=9)
     assert torch.equal(filled[mixed], model.dequantize(model.quantize(hidden))[mixed])
     assert torch.equal(filled[1], whole[1])
+    coloured = small(recipe, shape=(3, 2, 4), levels=5, classes=10)
+    whole = coloured.sample(2, seed=9)
+    known = torch.arange(24).reshape(3, 2, 4) % 5 < 2  # other pixels of each colour
+    completed = coloured.complete(whole.where(known, 0.25), known, condition=torch.arange(2), seed=9)
+    assert torch.equal(completed, whole)
     with pytest.raises(TypeError, match="known has dtype"):
         model.complete(whole, known.float())
     with pytest.raises(ValueError, match=r"known has shape \(5,\)"):
