@@ -255,10 +255,10 @@ def test_completion_keeps_what_is_known_and_draws_the_rest(recipe: str) -> None:
     assert torch.equal(filled[mixed], model.dequantize(model.quantize(hidden))[mixed])
     assert torch.equal(filled[1], whole[1])
     coloured = small(recipe, shape=(3, 2, 4), levels=5, classes=10)
-    whole = coloured.sample(2, seed=9)
+    picture = coloured.sample(2, seed=9)
     known = torch.arange(24).reshape(3, 2, 4) % 5 < 2  # other pixels of each colour
-    completed = coloured.complete(whole.where(known, 0.25), known, condition=torch.arange(2), seed=9)
-    assert torch.equal(completed, whole)
+    completed = coloured.complete(picture.where(known, 0.25), known, condition=torch.arange(2), seed=9)
+    assert torch.equal(completed, picture)
     with pytest.raises(TypeError, match="known has dtype"):
         model.complete(whole, known.float())
     with pytest.raises(ValueError, match=r"known has shape \(5,\)"):
