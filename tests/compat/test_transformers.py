@@ -18,11 +18,13 @@ from torch import Tensor
 from transformers import AttentionInterface, GenerationMixin
 from transformers.cache_utils import DynamicCache
 from transformers.generation import TextStreamer
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers_cases import ARCHITECTURES, NEW, WINDOW, greedy, model, padded, prompts, run_with
 
 from pygen.compat.transformers import Cache, PagedCache, convert, generation, patch
 from pygen.compat.transformers.layers import FusedAttention, FusedRMSNorm
 from pygen.compat.transformers.packed import PackedLinear
+from pygen.compat.transformers.swapped import swapped
 
 WAYS = ("patch", "convert", "parts", "paged")
 MODES: dict[str, Callable[[], dict[str, Any]]] = {
@@ -266,6 +268,33 @@ def test_a_converted_model_is_copied_and_pickled():
         assert isinstance(other.model.layers[0].self_attn, FusedAttention)
         assert isinstance(other.model.norm, FusedRMSNorm)
         assert torch.equal(greedy(other, input_ids=prompts()), expected)
+
+
+@pytest.mark.parametrize("width", [3, 32, 1000])
+def test_a_norm_is_the_layers_in_float32_and_nearer_to_the_exact_in_other_dtypes(width):
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        norm, x = LlamaRMSNorm(width).to(dtype), (3 * torch.randn(64, width)).to(dtype)
+        torch.nn.init.normal_(norm.weight)
+        with torch.no_grad():
+            theirs = norm(x)
+            norm.__class__ = swapped(FusedRMSNorm, LlamaRMSNorm)
+            ours, exact = norm(x), x.double()
+            exact = exact * (exact.square().mean(1, keepdim=True) + 1e-6).rsqrt() * norm.weight.double()
+        assert ours.dtype == dtype
+        if dtype == torch.float32:
+            assert torch.equal(ours, theirs)
+        else:
+            assert (ours - exact).norm() < (theirs - exact).norm()
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_a_norm_of_two_dtypes_is_the_layers(dtypes):
+    x, norm = torch.randn(4, 8).to(dtypes[0]), LlamaRMSNorm(8).to(dtypes[1])
+    expected = norm(x)
+    norm.__class__ = swapped(FusedRMSNorm, LlamaRMSNorm)
+    assert torch.equal(norm(x), expected)
+    assert norm(x).dtype == expected.dtype
 
 
 def test_what_is_not_known_is_left_and_named():

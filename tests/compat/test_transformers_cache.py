@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers_cases import WINDOW, choose, greedy, model, padded, prompts, run_with
 
 from pygen.compat.transformers import Cache, PagedCache, convert, patch
 from pygen.compat.transformers.cache import Layer
 from pygen.compat.transformers.held import Held
+from pygen.ops import Rotary, rotary_tables
 
 HEADS, WIDTH = 2, 4
 
@@ -132,10 +138,16 @@ def test_codes_give_nearly_the_same_logits(name, storage):
         assert 1e-6 < error < (0.05 if storage == "int8" else 0.2)
 
 
+@pytest.mark.parametrize("sizes", [(5, 20, 1, 1, 7, 1, 5), (1,) * 40])
 @pytest.mark.parametrize("way", ["pygen", "convert"])
-def test_a_window_of_the_users_with_sinks_is_a_mask_of_both(way):
-    """With the places that keys had; after convert, with those that they have in the cache, which differ."""
+def test_a_window_of_the_users_with_sinks_is_a_mask(way, sizes):
+    """With the places that keys had; after convert, where angles depend on more than the place."""
     of, tokens = model("llama"), prompts(2, 40)
+    if way == "convert":
+        of = copy.deepcopy(of)
+        config = copy.deepcopy(of.config)
+        config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+        of.model.rotary_emb = LlamaRotaryEmbedding(config)
     place = torch.arange(40)
     near = place[:, None] - place[None, :] < 6
     seen = (place[:, None] >= place[None, :]) & (near | (place[None, :] < 3))
@@ -143,13 +155,89 @@ def test_a_window_of_the_users_with_sinks_is_a_mask_of_both(way):
         expected = of(tokens, attention_mask=seen[None, None].expand(2, 1, -1, -1)).logits
         with choose(of, "pygen") if way == "pygen" else convert(of):
             cache = Cache(of.config, window=6, sinks=3)
-            sizes = (5, 20, 1, 1, 7, 1, 5)
             actual = torch.cat([of(part, past_key_values=cache).logits for part in tokens.split(sizes, 1)], 1)
-    if way == "pygen":
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-    else:
-        torch.testing.assert_close(actual[:, :5], expected[:, :5], rtol=1e-4, atol=1e-4)
-        assert not torch.allclose(actual[:, 30:], expected[:, 30:], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+class _Unturned(nn.Module):
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cos, self.sin
+
+
+def _streaming(of: Any, tokens: Tensor, missing: Tensor, window: int, sinks: int) -> Tensor:
+    """The logits of StreamingLLM (Xiao et al. 2023, section 3.2), a token at a time: the keys that are kept are turned
+    by their places among those that are kept. The first `missing` tokens of a row are padding."""
+    of = copy.deepcopy(of)
+    rows, length = tokens.shape
+    cos, sin = of.model.rotary_emb(of.lm_head.weight, torch.arange(length)[None])
+    of.model.rotary_emb = _Unturned()
+    of.model.rotary_emb.cos, of.model.rotary_emb.sin = torch.ones_like(cos), torch.zeros_like(sin)
+
+    def turned(x: Tensor, start: int, end: int) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return x * cos[0, start:end] + torch.cat((-second, first), -1) * sin[0, start:end]
+
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+        out = torch.zeros_like(query)
+        own = getattr(module, "sliding_window", None)
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        for row in range(rows):
+            for i in range(int(missing[row]), length):
+                first, kept = (0, own) if own else (sinks, window)
+                places = [j for j in range(int(missing[row]), i + 1) if j < first or j > i - kept]
+                score = turned(key[row, :, places], 0, len(places)) @ turned(
+                    query[row, :, i : i + 1], len(places) - 1, len(places)
+                ).transpose(1, 2)
+                out[row, :, i] = ((score * module.scaling).softmax(1) * value[row, :, places]).sum(1)
+        return out.transpose(1, 2), None
+
+    functions = AttentionInterface._global_mapping
+    functions["streaming"] = attention
+    try:
+        of.config._attn_implementation_internal = "streaming"
+        return of(tokens, use_cache=False).logits  # type: ignore[no-any-return]
+    finally:
+        del functions["streaming"]
+
+
+@settings(max_examples=40)
+@example("llama", 6, 3, [1] * 40, [0, 0], 0)
+@example("llama", 6, 3, [12] + [1] * 28, [0, 0], 0)
+@example("llama", 6, 3, [1] * 40, [7, 0, 2], 0)
+@example("qwen3", 20, 2, [24, 1, 1, 14], [0, 5], 90)
+@given(
+    name=st.sampled_from(["llama", "qwen3"]), window=st.integers(1, 20), sinks=st.integers(0, 5),
+    sizes=st.lists(st.integers(1, 24), min_size=1, max_size=6),
+    missing=st.lists(st.integers(0, 9), min_size=1, max_size=3), start=st.integers(0, 100),
+)  # fmt: skip
+def test_after_convert_sinks_have_the_places_before_the_window(name, window, sinks, sizes, missing, start):
+    """In blocks of any sizes, rows in any order, whatever the first position is."""
+    of, rows = model(name), len(missing)
+    length = sum(sizes)
+    tokens, begin = prompts(rows, length), torch.tensor(missing)
+    real = torch.arange(length) >= begin[:, None]
+    positions = start + (torch.arange(length) - begin[:, None]).clamp(min=0)
+
+    def run(order: list[int]) -> Tensor:
+        cache, logits, done = Cache(of.config, window=window, sinks=sinks), [], 0
+        for size in sizes:
+            now = slice(done, done + size)
+            done += size
+            logits.append(
+                of(
+                    tokens[order, now], attention_mask=real[order, :done].long(), position_ids=positions[order, now],
+                    past_key_values=cache,
+                ).logits
+            )  # fmt: skip
+        return torch.cat(logits, 1)
+
+    with torch.no_grad():
+        expected = _streaming(of, tokens, begin, window, sinks)
+        with convert(of):
+            actual, reversed_rows = run([*range(rows)]), run([*reversed(range(rows))]).flip(0)
+    torch.testing.assert_close(actual[real], expected[real], rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(actual[real], reversed_rows[real], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("way", ["patch", "convert"])
@@ -192,6 +280,43 @@ def test_what_does_not_fit_is_refused_before_anything_is_written():
     wide.update(*block)
     with pytest.raises(ValueError, match="has shape"):
         wide.update(*_block(3, 1))[0].clone()
+    assert wide.get_seq_length() == 5
+    assert torch.equal(wide.keys, block[0])
+
+
+@pytest.mark.parametrize("before", [0, 5])
+@pytest.mark.parametrize("kind", ["growing", "ring", "paged"])
+def test_a_block_that_is_refused_is_not_counted(kind, before):
+    torch.manual_seed(0)
+    cos, sin = rotary_tables(20, WIDTH)
+    config = model("llama").config
+
+    def make() -> Any:
+        if kind == "paged":
+            return PagedCache(config, pages=20, page_size=2)
+        return Cache(config, window=4, sinks=1) if kind == "ring" else Cache(config)
+
+    cache, other = make(), make()
+    first, block = _block(2, before), _block(2, 2)
+    query = torch.randn(2, HEADS, 2, WIDTH)
+    for each in (cache, other) if before else ():
+        for layer in each.layers:
+            layer.append_and_attend(first[0], first, None, True, None, Rotary(cos, sin))
+    layer = cache.layers[0]
+    free = cache.pool.free_pages if kind == "paged" else 0
+    with pytest.raises(ValueError, match="but expected"):
+        layer.append_and_attend(query[..., :2], block, None, True, None, Rotary(cos, sin))
+    assert layer.get_seq_length() == before
+    cache.update(*block, 0)
+    with pytest.raises(ValueError, match="but expected"):
+        layer.attend(query[..., :2], None, True, None)
+    assert layer.get_seq_length() == before
+    assert kind != "paged" or cache.pool.free_pages == free
+    actual, expected = (
+        each.layers[0].append_and_attend(query, block, None, True, None, Rotary(cos, sin)) for each in (cache, other)
+    )
+    assert torch.equal(actual, expected)
+    assert layer.get_seq_length() == before + 2
 
 
 def test_a_window_that_the_model_does_not_know_of_is_read_by_pygen_alone():

@@ -24,7 +24,7 @@ from torch import nn  # noqa: E402
 from transformers import AttentionInterface, GenerationMixin, PreTrainedModel, masking_utils  # noqa: E402
 
 from pygen.compat.handle import Changes, Handle, Patch, qualified_name  # noqa: E402
-from pygen.compat.transformers import attention, generation, layers, packed  # noqa: E402
+from pygen.compat.transformers import attention, generation, layers, packed, tables  # noqa: E402
 from pygen.compat.transformers.cache import Cache  # noqa: E402
 from pygen.compat.transformers.paged import PagedCache  # noqa: E402
 from pygen.compat.transformers.swapped import swapped  # noqa: E402
@@ -62,11 +62,14 @@ def convert(model: Any, *, pack_weights: bool | None = None) -> Handle:
         pack_weights = packed.total_bytes(linear.values()) <= _PACKED_BY_DEFAULT
     for path, layer in linear.items() if pack_weights else ():
         _pack(changes, layer, path)
+    by_position = tables.position_tables(model)
     for path, layer in model.named_modules():
         stand_in = layers.stand_in(layer)
         if stand_in is not None:
             changes.report_replaced(qualified_name(type(layer)), qualified_name(stand_in), path)
             changes.set(layer, "__class__", swapped(stand_in, type(layer)))
+            if stand_in is layers.FusedAttention and layer in by_position:
+                changes.set(layer, layers.TABLES, by_position[layer])
         elif layers.is_attention(layer):
             changes.report_left(qualified_name(type(layer)), layers.reason_to_leave(layer) or "", path)
     _choose_attention(changes, model)

@@ -59,6 +59,9 @@ class Layer(HeldLayer):
     def sees_all(self, block: int) -> bool:
         return self.is_sliding or self.window is None or block <= self.window
 
+    def moves_sinks(self, block: int) -> bool:
+        return self.window is not None and 0 < self._store.sinks < self._length + block - self.window
+
     def read(self, length: int) -> Block:
         if not self.is_sliding or self.window is None:
             self.settle()
@@ -174,8 +177,10 @@ class Cache(cache_utils.Cache):
     capacity: room for so many tokens, taken at once; by default the buffers double when they are full.
     window: layers that see everything keep the last `window` tokens only, and attend to those alone. It takes pygen's
         attention: `model.set_attn_implementation("pygen")`, `convert(model)`, or `patch()`.
-    sinks: and the first `sinks` tokens. After `convert(model)` the sinks have the places before the window, as Xiao et
-        al. have it; else those where they were, because the model turns keys before the cache is given them.
+    sinks: and the first `sinks` tokens, padding on the left among them. After `convert(model)` the sinks have the
+        places before the window, as Xiao et al. have it; else those where they were, because the model turns keys
+        before the cache is given them. There they stay, too, where the model's rotary embedding is not Llama's, or
+        changes with the text's length ("dynamic" and "longrope").
     storage: "int8" or "fp8", codes with one scale a token and head, which pygen's attention reads as they are; a dtype;
         or None, the keys' own.
 

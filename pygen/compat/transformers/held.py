@@ -7,7 +7,9 @@ the layer, so that appending and attending are one call, and which any other fun
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -108,8 +110,9 @@ class HeldLayer(CacheLayerMixin):
 
     def attend(self, query: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
         """Attend from the last block, and append it where it still waits: (batch, heads, block, width)."""
-        waiting, self._waiting = self._waiting, None
-        return self._attend(query, waiting, self._wide(mask), causal, scale, None)
+        with self._counted():
+            waiting, self._waiting = self._waiting, None
+            return self._attend(query, waiting, self._wide(mask), causal, scale, None)
 
     def append_and_attend(
         self,
@@ -122,8 +125,9 @@ class HeldLayer(CacheLayerMixin):
     ) -> Tensor:
         """Append a block and attend from it, all turned by `rotary`: (batch, heads, block, width)."""
         self.settle()
-        self._enter(query.shape[2])
-        return self._attend(query, block, self._wide(mask), causal, scale, rotary)
+        with self._counted():
+            self._enter(query.shape[2])
+            return self._attend(query, block, self._wide(mask), causal, scale, rotary)
 
     def sees_all(self, block: int) -> bool:
         """Whether a token sees all tokens before it, were a block the first; masks of the model's aside."""
@@ -139,9 +143,10 @@ class HeldLayer(CacheLayerMixin):
 
     def settle(self) -> None:
         """Append the block that waits, which nobody has attended to."""
-        waiting, self._waiting = self._waiting, None
-        if waiting is not None:
-            self._append(waiting)
+        if self._waiting is not None:
+            with self._counted():
+                waiting, self._waiting = self._waiting, None
+                self._append(waiting)
 
     def get_seq_length(self) -> int:
         return self._length
@@ -157,6 +162,25 @@ class HeldLayer(CacheLayerMixin):
 
     def prefetch(self) -> None:
         self.offload()
+
+    def moves_sinks(self, block: int) -> bool:
+        """Whether a token of the next block has sinks nearer in the cache than in the sequence."""
+        return False
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """A block that is refused is gone, and not counted."""
+        waiting = 0 if self._waiting is None else self._waiting[0].shape[2]
+        before = self._length - waiting
+        try:
+            yield
+        except BaseException:
+            self._uncount(before)
+            raise
+
+    def _uncount(self, length: int) -> None:
+        """Be of that length again, after a block was refused."""
+        self._length = length
 
     def _enter(self, block: int) -> None:
         """Count new tokens, before they are appended."""

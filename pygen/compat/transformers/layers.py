@@ -20,7 +20,10 @@ from transformers.models.qwen3 import modeling_qwen3
 from pygen.compat.transformers.attention import FIRST_BLOCK, NAME
 from pygen.compat.transformers.held import HeldLayer
 from pygen.compat.transformers.swapped import Swapped, same_code
+from pygen.compat.transformers.tables import PositionTables
 from pygen.ops import Rotary
+
+TABLES = "_pygen_tables"  # where an attention layer has the tables of its model
 
 _ATTENTIONS = (
     modeling_llama.LlamaAttention.forward,
@@ -47,13 +50,15 @@ class FusedAttention(Swapped):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         layer = _held_layer(past_key_values, self.layer_idx)
+        rotary = None
         if (
-            layer is None
-            or hidden_states.shape[1] >= FIRST_BLOCK
-            or self.training
-            or torch.is_grad_enabled()
-            or self.config._attn_implementation not in (NAME, "sdpa")
+            layer is not None
+            and not torch.is_grad_enabled()
+            and not (self.training and self.attention_dropout)
+            and self.config._attn_implementation in (NAME, "sdpa")
         ):
+            rotary = _rotary_for(self, layer, position_embeddings, kwargs.get("position_ids"))
+        if layer is None or rotary is None:
             return super().forward(  # type: ignore[misc, no-any-return]
                 hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
                 past_key_values=past_key_values, **kwargs,
@@ -66,15 +71,22 @@ class FusedAttention(Swapped):
             query, key = self.q_norm(query), self.k_norm(key)
         out = layer.append_and_attend(
             query.transpose(1, 2), (key.transpose(1, 2), value), attention_mask,
-            attention_mask is None and getattr(self, "is_causal", True), self.scaling, _rotary(*position_embeddings),
+            attention_mask is None and getattr(self, "is_causal", True), self.scaling, rotary,
         )  # fmt: skip
         return self.o_proj(out.transpose(1, 2).reshape(*hidden_states.shape[:2], -1)), None
 
 
 class FusedRMSNorm(Swapped):
-    """x / sqrt(mean(x^2) + eps) * weight in one call, with the same bits."""
+    """x / sqrt(mean(x^2) + eps) * weight in one call.
+
+    In float32 it is the layer's own result on the CPU, to the bit. Of other dtypes it is nearer to the exact one:
+    narrower ones are rounded once, at the end, where the layer rounds before the weight, too, and float64 is not
+    rounded to float32 in between. An input and a weight of two dtypes are the layer's own matter.
+    """
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        if hidden_states.dtype != self.weight.dtype:
+            return super().forward(hidden_states)  # type: ignore[misc, no-any-return]
         return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
 
@@ -115,6 +127,18 @@ def _held_layer(cache: Any, number: int) -> HeldLayer | None:
     layers = getattr(cache, "layers", ())
     layer = layers[number] if number < len(layers) else None
     return layer if isinstance(layer, HeldLayer) else None
+
+
+def _rotary_for(
+    attention: Any, layer: HeldLayer, embeddings: tuple[Tensor, Tensor], positions: Tensor | None
+) -> Rotary | None:
+    """The tables to turn a block with, as it is appended and attended from; None where the model is to do that."""
+    cos, sin = embeddings
+    if not layer.moves_sinks(cos.shape[1]):
+        return None if cos.shape[1] >= FIRST_BLOCK else _rotary(cos, sin)
+    # A query meets the sinks at another place than its own, of which the block has no row.
+    tables: PositionTables | None = getattr(attention, TABLES, None)
+    return None if tables is None or positions is None else tables.rotary(cos, positions)
 
 
 def _rotary(cos: Tensor, sin: Tensor) -> Rotary:

@@ -59,6 +59,11 @@ class PagedLayer(HeldLayer):
         self._waiting = None
         self._length = length
 
+    def _uncount(self, length: int) -> None:
+        super()._uncount(length)
+        if not self._number:  # which made the room for all layers
+            self._cache.close(length)
+
     def _append(self, block: Block) -> None:
         # Who attends appends; whoever reads pays for one attention more.
         self._cache.pool.append_and_attend(self._number, block[0], *block)
@@ -113,6 +118,13 @@ class PagedCache(cache_utils.Cache):
         if len(key) != len(self.rows):
             raise ValueError(f"key_states has {len(key)} rows, but expected {len(self.rows)}, as the tokens before")
         self.pool.extend(self.rows, key.shape[2])
+
+    def close(self, length: int) -> None:
+        """Take back the room for a block that the first layer refused."""
+        if not length:
+            self.reset()
+        for row in self.rows:
+            self.pool.crop(row, length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row beam_idx[i] was: another name for its pages."""
