@@ -94,7 +94,8 @@ constexpr const char* kSchemas[] = {
     // follows the tokens, 1 scores them too, 2 draws those that are not known; logistics = levels, 0 for logits
     "incremental_advance(Tensor(a!) state, Tensor(b!) tokens, Tensor weights, Tensor program, Tensor device_program, "
     "int vocabulary, Tensor conditions, Tensor values, Tensor? known, Tensor sample_ids, SymInt seed, Tensor? seeds, "
-    "SymInt begin, SymInt end, int action, int logistics, float temperature, int top_k, float top_p, float min_p, float "
+    "SymInt begin, SymInt end, int action, int logistics, float temperature, int top_k, float top_p, float min_p, "
+    "float "
     "typical_p, "
     "bool split_ties, bool with_logits) -> (Tensor log_prob, Tensor logits)",
     // wavelet: 2 x 2 blocks of a picture (n, c, 2 h, 2 w) as channels (n, 4 c, h, w), and back

@@ -135,6 +135,8 @@ class AutoregressiveModel(GenerativeModel):
         with torch.no_grad():
             by_shape = _CONVERTED.get(self, parameters, dict[tuple[int, ...], Incremental])
             if shape not in by_shape:
+                if not all(bool(parameter.isfinite().all()) for parameter in parameters):
+                    raise RuntimeError(f"{type(self).__name__} cannot be sampled: the parameters are not finite")
                 condition = None if self.config.classes is None else torch.zeros(1, dtype=torch.int64)
                 # That these networks are causal, and convert, is for the tests: verifying takes some passes.
                 by_shape[shape] = incremental(

@@ -67,8 +67,8 @@ def attend_cached(
         key_scales, value_scales: float32, the shape of the caches without their width: with caches of int8 or
             float8_e4m3fn, whose rows are kept as codes times one scale each, read as they are by the attention.
             int8 is off by at most half a scale, float8 by at most 1/16 of an element or 2^-10 scales; a scale is the
-            row's largest |element| / 127 or / 448, and NaN for a row that is not finite. (One a row: rows that are in stay as they are, and it multiplies a
-            score or a weight instead of `width` elements.)
+            row's largest |element| / 127 or / 448, and NaN for a row that is not finite. (One a row: rows that are in
+            stay as they are, and it multiplies a score or a weight instead of `width` elements.)
         pages: int32 (batch, pages of a sequence): position p of sample b is in place p mod page size of page
             pages[b, p // page size]. Samples may share pages that no block is appended to.
         mask: bool (True is seen) or floating (added to the scaled scores; -inf is not seen), (batch or 1, heads or 1,

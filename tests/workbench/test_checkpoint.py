@@ -230,7 +230,8 @@ RECIPES = [(family, recipe) for family, recipes in families.FAMILIES.items() for
 
 
 def small(family: str, recipe: str) -> GenerativeModel:
-    return families.build(family, recipe, **families.find(family, recipe).changes)
+    digits = {"shape": (1, 8, 8), "levels": 17, "classes": 10}
+    return families.build(family, recipe, **digits | dict(families.find(family, recipe).changes))
 
 
 @pytest.mark.parametrize(("family", "recipe"), RECIPES)
