@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pygen import _native, ops
 from pygen.autoregressive.config import AutoregressiveConfig
-from pygen.autoregressive.incremental import Incremental, incremental
+from pygen.autoregressive.incremental import ConversionError, Incremental, incremental
 from pygen.autoregressive.progress import Progress, Target
 from pygen.autoregressive.sampling import Sampling, sequence_log_prob
 from pygen.autoregressive.state import PrefixState, State
@@ -135,13 +135,20 @@ class AutoregressiveModel(GenerativeModel):
         with torch.no_grad():
             by_shape = _CONVERTED.get(self, parameters, dict[tuple[int, ...], Incremental])
             if shape not in by_shape:
-                if not all(bool(parameter.isfinite().all()) for parameter in parameters):
-                    raise RuntimeError(f"{type(self).__name__} cannot be sampled: the parameters are not finite")
                 condition = None if self.config.classes is None else torch.zeros(1, dtype=torch.int64)
-                # That these networks are causal, and convert, is for the tests: verifying takes some passes.
-                by_shape[shape] = incremental(
-                    self, shape, levels=self.config.levels, condition=condition, logistics=self.logistics, verify=False
-                )
+                try:
+                    # That these networks are causal, and convert, is for the tests: verifying takes some passes.
+                    by_shape[shape] = incremental(
+                        self, shape, levels=self.config.levels, condition=condition, logistics=self.logistics,
+                        verify=False,
+                    )  # fmt: skip
+                except ConversionError as error:
+                    if all(bool(parameter.isfinite().all()) for parameter in parameters):
+                        raise
+                    # Where a mask multiplies NaN, nothing is masked.
+                    raise RuntimeError(
+                        f"{type(self).__name__} cannot be followed token by token; the parameters are not finite"
+                    ) from error
         return by_shape[shape]
 
     def check_start(self, n: int, guidance: float | None, length: int | None) -> None:
