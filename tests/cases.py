@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
+
+from pygen import ops
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Half an ulp of the output dtype, doubled for the reference's own rounding.
 RELATIVE = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def opcheck(operator: Any, arguments: tuple[Any, ...], keywords: dict[str, Any] | None = None, **options: Any) -> None:
+    """PyTorch's own checks of a raw operator. What they need of Python's side is loaded with the operator's family."""
+    for name in ops.__all__:
+        getattr(ops, name)
+    library.opcheck(operator, arguments, keywords, **options)
 
 
 def close(actual: Tensor, expected: Tensor, *, scale: float = 1.0) -> None:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, close
+from cases import DTYPES, LAYOUTS, close, opcheck
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -321,9 +321,9 @@ def test_raw_operator_passes_opcheck(backend, device, namespace):
     operator = getattr(torch.ops, namespace).attend_cached.default
     query, key, value, *caches, lengths = draw((4, 2, 2, 8, 9, [3, 0]), torch.float32, device)
     caches = [cache.nan_to_num() for cache in caches]
-    torch.library.opcheck(operator, (query, key, value, *caches, lengths, 0.3))
+    opcheck(operator, (query, key, value, *caches, lengths, 0.3))
     query = query.transpose(1, 2).contiguous().transpose(1, 2)
-    torch.library.opcheck(operator, (query, key, value, *caches, lengths, 1.0))
+    opcheck(operator, (query, key, value, *caches, lengths, 1.0))
 
 
 def test_compiles_in_one_graph(backend, device):

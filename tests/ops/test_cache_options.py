@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, close
+from cases import DTYPES, close, opcheck
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -499,11 +499,9 @@ def test_raw_operators_pass_opcheck(backend, device, namespace):
     for storage in (torch.float32, torch.int8):
         x = problem([3, 0], block=2, page_size=8, storage=storage, device=device)
         x |= {"cos": cos, "sin": sin, "positions": torch.tensor([[3, 4]], device=device), "window": 5, "sinks": 1}
-        torch.library.opcheck(
-            operators.attend_cached.default, (), {**x, "scale": 0.3, "mask": torch.ones(1, 1, 2, 9, device=device)}
-        )
+        opcheck(operators.attend_cached.default, (), {**x, "scale": 0.3, "mask": torch.ones(1, 1, 2, 9, device=device)})
         x.pop("query")
-        torch.library.opcheck(operators.append_cached.default, (), x)
+        opcheck(operators.append_cached.default, (), x)
 
 
 def test_compiles_in_one_graph(backend, device):

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, close
+from cases import DTYPES, LAYOUTS, close, opcheck
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -173,9 +173,9 @@ def test_raw_operators_pass_opcheck(backend, device, namespace):
     for operator in (library.affine_forward.default, library.affine_inverse.default):
         strided = raw.transpose(1, 2).contiguous().transpose(1, 2)
         for arguments in ((x, raw, shift), (x, None, shift), (x, strided, None)):
-            torch.library.opcheck(operator, (*arguments, 1, 2.0, 0.5, 0.0, 2))
+            opcheck(operator, (*arguments, 1, 2.0, 0.5, 0.0, 2))
     grad_ladj = torch.randn(2, device=device)
-    torch.library.opcheck(library.affine_backward.default, (x, raw, shift, grad_ladj, 1, 2.0, 0.5, 0.0, 2, True))
+    opcheck(library.affine_backward.default, (x, raw, shift, grad_ladj, 1, 2.0, 0.5, 0.0, 2, True))
 
 
 @pytest.mark.parametrize("with_gradient", [False, True])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import close
+from cases import close, opcheck
 from incremental_cases import CASES, MaskedConv2d, build
 from torch import Tensor, nn
 
@@ -247,7 +247,7 @@ def raw(net: Incremental, n: int, **changes: Any) -> list[Any]:
 def test_opcheck(backend, device, namespace):
     operator = getattr(torch.ops, namespace).incremental_advance.default
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(operator, raw(program("gated", device=str(device)), 2), test_utils=checks)
+    opcheck(operator, raw(program("gated", device=str(device)), 2), test_utils=checks)
 
 
 def test_compiles_without_a_break():

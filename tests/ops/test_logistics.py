@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, LAYOUTS, RELATIVE
+from cases import DTYPES, LAYOUTS, RELATIVE, opcheck
 from goodness import fit
 from hypothesis import given
 from hypothesis import strategies as st
@@ -325,19 +325,18 @@ def test_rows_of_nan_are_marked(backend, device):
 
 
 def test_raw_operators_pass_opcheck(backend, device, namespace):
-    assert callable(ops.sample_discretized_logistics)  # loads the family, and its fakes with it
     operators = getattr(torch.ops, namespace)
     x, parameters, ids = (
         pictures(2, 3, 4, device=device),
         proposed(2, 3, 2, 4).to(device),
         torch.arange(2, device=device),
     )
-    torch.library.opcheck(operators.discretized_logistics_forward.default, (x, parameters, 256))
+    opcheck(operators.discretized_logistics_forward.default, (x, parameters, 256))
     grad = torch.randn(2, 4, device=device)
-    torch.library.opcheck(operators.discretized_logistics_backward.default, (x, parameters, grad, 256))
+    opcheck(operators.discretized_logistics_backward.default, (x, parameters, grad, 256))
     pixel = (parameters[..., 0].contiguous(), ids, 1, None, 2, ids, 3, 256)
-    torch.library.opcheck(operators.discretized_logistics_sample.default, (*pixel, None, None))
-    torch.library.opcheck(operators.discretized_logistics_sample.default, (*pixel, x[..., 0], x[..., 0] > 0))
+    opcheck(operators.discretized_logistics_sample.default, (*pixel, None, None))
+    opcheck(operators.discretized_logistics_sample.default, (*pixel, x[..., 0], x[..., 0] > 0))
 
 
 def test_compiles_in_one_graph(backend, device):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, close
+from cases import DTYPES, close, opcheck
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -582,16 +582,16 @@ def test_raw_operators_pass_opcheck(backend, device, namespace):
     stack = Stack(4, (8,)).to(device).requires_grad_(False)
     y = torch.randn(3, 4, device=device)
     affine = (y, *program_of(stack, CLAMPED, "inverse", device), 4, 1, 1.0, 0.0, 0.0)
-    torch.library.opcheck(library.masked_affine_inverse.default, affine)
+    opcheck(library.masked_affine_inverse.default, affine)
     plan = plan_of(stack.network, CLAMPED)
     width = 4 * 5 + sum(stack.network.nodes[index].units for index, _ in plan.slopes)
     samples, outputs = torch.randn(3, width, device=device), plan.programs["backward"].outputs
     backward = (samples, *program_of(stack, CLAMPED, "backward", device), outputs)
-    torch.library.opcheck(library.masked_backward.default, backward)
+    opcheck(library.masked_backward.default, backward)
     stack = Stack(4, (8,), per_input=16).to(device).requires_grad_(False)
     settings = (None, 5, 0, [-3.0, 3.0, -1.0, 4.0], [1e-3] * 3, 0, 1.0, 1.0, 1.0)
     splines = (y, *program_of(stack, SPLINES["bounded"], "inverse", device), 4, *settings)
-    torch.library.opcheck(library.masked_spline_inverse.default, splines)
+    opcheck(library.masked_spline_inverse.default, splines)
 
 
 def test_raw_operators_check_what_would_reach_memory(backend, device, namespace):

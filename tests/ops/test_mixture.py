@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, close
+from cases import DTYPES, LAYOUTS, close, opcheck
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -245,8 +245,8 @@ def test_raw_operators_pass_opcheck(backend, device, namespace):
     grad_ladj = torch.randn(2, device=device)
     for parts in ([parameters], apart, mixed):
         for operator in (library.logistic_mixture_forward, library.logistic_mixture_inverse):
-            torch.library.opcheck(operator.default, (x, parts, 2))
-        torch.library.opcheck(library.logistic_mixture_backward.default, (x, parts, x, grad_ladj, 2, True))
+            opcheck(operator.default, (x, parts, 2))
+        opcheck(library.logistic_mixture_backward.default, (x, parts, x, grad_ladj, 2, True))
 
 
 @pytest.mark.parametrize("with_gradient", [False, True])

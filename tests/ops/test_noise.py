@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import DTYPES
+from cases import DTYPES, opcheck
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -246,8 +246,8 @@ def test_raw_operator_passes_opcheck(backend, device, namespace):
     operator = getattr(torch.ops, namespace).noise.default
     ids = torch.arange(3, device=device)
     for shape in ((), (5,), (2, 0), (2, 3)):
-        torch.library.opcheck(operator, (ids, shape, 3, None, 1, None, torch.float32, False))
-        torch.library.opcheck(operator, (ids, shape, 0, ids, 0, ids[0], torch.bfloat16, True))
+        opcheck(operator, (ids, shape, 3, None, 1, None, torch.float32, False))
+        opcheck(operator, (ids, shape, 0, ids, 0, ids[0], torch.bfloat16, True))
 
 
 def test_compiles_in_one_graph(backend, device):

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS
+from cases import DTYPES, LAYOUTS, opcheck
 from goodness import fit
 from hypothesis import given
 from hypothesis import strategies as st
@@ -365,11 +365,10 @@ def test_refuses_in_one_sentence(message):
 
 
 def test_raw_operator_passes_opcheck(backend, device, namespace):
-    assert callable(ops.sample_logits)  # loads the family, and its fakes with it
     operator = getattr(torch.ops, namespace).sample_logits.default
     logits, ids = torch.randn(2, 9, device=device), torch.arange(2, device=device)
-    torch.library.opcheck(operator, (logits, ids, 1, None, 2, None, 1.0, 5, 0.9))
-    torch.library.opcheck(operator, (logits.T.contiguous().T.double(), ids, 1, ids, 2, ids[0], 0.0, 2**31, 1.0))
+    opcheck(operator, (logits, ids, 1, None, 2, None, 1.0, 5, 0.9))
+    opcheck(operator, (logits.T.contiguous().T.double(), ids, 1, ids, 2, ids[0], 0.0, 2**31, 1.0))
 
 
 def test_compiles_in_one_graph(backend, device):

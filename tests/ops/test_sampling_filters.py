@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import transformers
-from cases import DTYPES
+from cases import DTYPES, opcheck
 from goodness import fit
 from hypothesis import given
 from hypothesis import strategies as st
@@ -332,15 +332,14 @@ def test_unwritten_rows_would_show(backend, device):
 
 
 def test_raw_operators_pass_opcheck(backend, device, namespace):
-    assert callable(ops.filter_logits)  # loads the family, and its fakes with it
     operators = getattr(torch.ops, namespace)
     logits, other = torch.randn(2, 9, device=device), torch.randn(2, 9, device=device)
     history, allowed = torch.zeros(2, 3, dtype=torch.int64, device=device), torch.ones(1, 9, device=device) > 0
     options = (0.7, 5, 0.9, 0.1, 0.8, True, other, 2.0, history, 1.3, allowed)
-    torch.library.opcheck(operators.filter_logits.default, (logits, *options))
-    torch.library.opcheck(operators.filter_logits.default, (logits.T.contiguous().T.double(), 0.0, 2**31, 1.0))
+    opcheck(operators.filter_logits.default, (logits, *options))
+    opcheck(operators.filter_logits.default, (logits.T.contiguous().T.double(), 0.0, 2**31, 1.0))
     ids = torch.arange(2, device=device)
-    torch.library.opcheck(operators.sample_logits.default, (logits, ids, 1, None, 2, None, *options))
+    opcheck(operators.sample_logits.default, (logits, ids, 1, None, 2, None, *options))
 
 
 def test_compiles_in_one_graph(backend, device):

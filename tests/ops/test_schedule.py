@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, close
+from cases import DTYPES, LAYOUTS, close, opcheck
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -403,13 +403,11 @@ def test_raw_operators_pass_opcheck(backend, device, namespace):
     ids, table = torch.arange(3, device=device), table_of(1, device)
     strided = x.t().contiguous().t()
     for operator in (library.diffusion_step.default, library.diffusion_step_denoised.default):
-        torch.library.opcheck(operator, (x, e, table, 1, None, [e], e, 0, None, None, -1.0, 1.0))
-        torch.library.opcheck(
-            operator, (strided, e.bfloat16(), table, 0, ids, [e], None, 0, ids, ids, -math.inf, math.inf)
-        )
+        opcheck(operator, (x, e, table, 1, None, [e], e, 0, None, None, -1.0, 1.0))
+        opcheck(operator, (strided, e.bfloat16(), table, 0, ids, [e], None, 0, ids, ids, -math.inf, math.inf))
     backward = library.diffusion_step_backward.default
-    torch.library.opcheck(backward, (x, e.bfloat16(), table, 1, None, -1.0, 1.0, e, None))
-    torch.library.opcheck(backward, (strided, e, table, 0, ids, -1.0, 1.0, e, x))
+    opcheck(backward, (x, e.bfloat16(), table, 1, None, -1.0, 1.0, e, None))
+    opcheck(backward, (strided, e, table, 0, ids, -1.0, 1.0, e, x))
 
 
 def test_functorch_takes_the_reference(backend, device):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import DTYPES, close
+from cases import DTYPES, close, opcheck
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -439,13 +439,13 @@ def test_raw_operators_pass_opcheck(backend, device, namespace):
     common = (4, 1, [-3.0, 3.0, -3.0, 3.0], [1e-3] * 3, 0, 1.0, 1.0, 1.0, 2)
     for name in ("forward", "inverse"):
         operator = getattr(library, f"rational_quadratic_spline_{name}").default
-        torch.library.opcheck(operator, (x, [planar(parameters)] if name == "forward" else parts, None, *common))
+        opcheck(operator, (x, [planar(parameters)] if name == "forward" else parts, None, *common))
     rows = torch.tensor([-3.0, 3.0, -3.0, 3.0, 1.0], device=device).view(5, 1).repeat(1, 8)
     backward = library.rational_quadratic_spline_backward.default
     grad_ladj = torch.randn(2, device=device)
-    torch.library.opcheck(backward, (x, [parameters], rows, x, grad_ladj, *common, False))
+    opcheck(backward, (x, [parameters], rows, x, grad_ladj, *common, False))
     mixed = [parts[0], parts[1].double(), parts[2]]
-    torch.library.opcheck(backward, (x, mixed, None, x, grad_ladj, *common, True))
+    opcheck(backward, (x, mixed, None, x, grad_ladj, *common, True))
 
 
 @pytest.mark.parametrize("with_gradient", [False, True])

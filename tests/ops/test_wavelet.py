@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS
+from cases import DTYPES, LAYOUTS, opcheck
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -97,8 +97,8 @@ def test_nothing_is_kept_for_backward():
 def test_raw_operators_pass_opcheck(backend, device, namespace):
     library = getattr(torch.ops, namespace)
     for haar in (False, True):
-        torch.library.opcheck(library.wavelet_forward.default, (torch.randn(2, 3, 4, 6, device=device), haar))
-        torch.library.opcheck(library.wavelet_inverse.default, (torch.randn(2, 8, 4, 6, device=device), haar))
+        opcheck(library.wavelet_forward.default, (torch.randn(2, 3, 4, 6, device=device), haar))
+        opcheck(library.wavelet_inverse.default, (torch.randn(2, 8, 4, 6, device=device), haar))
 
 
 @pytest.mark.parametrize("name", OPERATORS)
