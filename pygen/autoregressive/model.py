@@ -46,6 +46,11 @@ class AutoregressiveModel(GenerativeModel):
         return self.config.dimensions
 
     @property
+    def any_length(self) -> bool:
+        """Whether samples may be shorter or longer than `length`."""
+        return False
+
+    @property
     def vocabulary(self) -> int:
         """Values that a token can have."""
         return self.config.levels
@@ -131,7 +136,7 @@ class AutoregressiveModel(GenerativeModel):
             return None
         if self.config.shape[1:] == (1, 1) and length in (None, self.length):
             return None  # of a single pixel there is nothing to keep
-        shape = self.config.shape if length in (None, self.length) else (1, 1, length or self.length)
+        shape = self.config.shape if length is None or length == self.length else (1, 1, length)
         with torch.no_grad():
             by_shape = _CONVERTED.get(self, parameters, dict[tuple[int, ...], Incremental])
             if shape not in by_shape:
@@ -159,7 +164,9 @@ class AutoregressiveModel(GenerativeModel):
             raise ValueError(
                 f"guidance is {guidance}, but expected 0: {type(self).__name__} never saw a picture without its label"
             )
-        if length not in (None, self.length):
+        if length is not None and length < 1:
+            raise ValueError(f"length is {length}, but expected at least 1")
+        if length not in (None, self.length) and not self.any_length:
             raise ValueError(f"length is {length}, but expected {self.length}, the tokens of a picture")
 
     @torch.no_grad()
@@ -253,6 +260,7 @@ class AutoregressiveModel(GenerativeModel):
         length: as in `start`. The others are as for `sample`.
         """
         ids = self.resolve_ids(n, ids)
+        self.check_start(n, None, length)
         how = Sampling(
             ids, self.resolve_condition(ids, condition), seed, temperature, top_k, top_p, min_p, typical_p, guidance
         )

@@ -114,26 +114,29 @@ class WaveNet(AutoregressiveModel):
         """The mean negative log-likelihood in nats per token, of sound of any length."""
         return super().loss(x, player=player, condition=condition) * (self.length / x[0].numel())
 
+    @property
+    def any_length(self) -> bool:
+        return self.config.shape[:2] == (1, 1)
+
     def check_pictures(self, x: Tensor) -> Tensor:
-        sound = self.config.shape[:2] == (1, 1) and x.dim() == 4 and x.shape[1:3] == (1, 1)
+        sound = self.any_length and x.dim() == 4 and x.shape[1:3] == (1, 1)
         if sound and x.is_floating_point() and x.shape[3]:
             return x.to(self.device, next(self.parameters()).dtype)
         return super().check_pictures(x)
 
     def lay_out(self, values: Tensor) -> Tensor:
-        return values[:, None, None] if self.config.shape[:2] == (1, 1) else super().lay_out(values)
+        return values[:, None, None] if self.any_length else super().lay_out(values)
 
     @torch.no_grad()
     def start(
         self, n: int, *, condition: Tensor | None = None, guidance: float | None = None, length: int | None = None
     ) -> State:
-        free = self.config.shape[:2] == (1, 1) and length is not None
-        self.check_start(n, guidance, None if free else length)
-        condition, length = self.check_condition(condition, n), length if free else self.length
+        self.check_start(n, guidance, length)
+        condition, length = self.check_condition(condition, n), self.length if length is None else length
         converted = self.converted(length)
         if converted is not None:
             return converted.start(n, condition=condition)
-        return WaveNetState(self, n, condition, cast("int", length))
+        return WaveNetState(self, n, condition, length)
 
 
 class WaveNetState(State):

@@ -32,6 +32,15 @@ def test_wavenet_draws_sound_of_any_length(length: int, n: int) -> None:
     assert torch.equal(longer[:, :length], tokens)
 
 
+@pytest.mark.parametrize("length", [0, -3])
+@pytest.mark.parametrize("name", ["wavenet", "transformer"])
+def test_a_sample_of_no_length_is_refused(name: str, length: int) -> None:
+    model = small(name, shape=(1, 1, 20), levels=16, classes=None)
+    for refused in (model.start, model.sample_tokens):
+        with pytest.raises(ValueError, match=f"length is {length}, but expected at least 1"):
+            refused(2, length=length)
+
+
 def test_wavenet_goes_on_from_sound() -> None:
     model = small("wavenet", shape=(1, 1, 20), levels=16, classes=None)
     tokens, _ = model.sample_tokens(2, length=30, seed=2)
