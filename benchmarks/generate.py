@@ -53,9 +53,8 @@ def cases(device: torch.device) -> Iterator[Case]:
         return
     for batch, tokens, dtype in ((8, 1020, torch.float32), (8, 252, torch.bfloat16), (1, 252, torch.float32)):
         model = llama(device, dtype)
-        converted, unpacked = copy.deepcopy(model), copy.deepcopy(model)
+        converted = copy.deepcopy(model)
         convert(converted)
-        convert(unpacked, pack_weights=False)
         prompt = torch.randint(1, VOCABULARY, (batch, PROMPT), device=device)
         rivals = {
             "DynamicCache": partial(generate, model, prompt, tokens),
@@ -71,7 +70,3 @@ def cases(device: torch.device) -> Iterator[Case]:
             "generate, convert()", shape, partial(generate, converted, prompt, tokens), rivals,
             targets={"DynamicCache": 1.8, "StaticCache": 1.5} if aimed else {},
         )  # fmt: skip
-        if aimed:
-            yield Case(
-                "generate, convert(pack_weights=False)", shape, partial(generate, unpacked, prompt, tokens), rivals
-            )

@@ -250,6 +250,46 @@ def test_packed_weights_give_the_tokens_and_follow_the_weights(name, mode):
         assert not any(isinstance(part, PackedLinear) for part in of.modules())
 
 
+@pytest.mark.parametrize("mode", ["greedy", "padded beam", "lookup"])
+def test_inside_patch_weights_are_packed_while_a_model_generates(mode, monkeypatch):
+    of = copy.deepcopy(model("llama"))
+    inputs, linear = MODES[mode](), [part for part in of.modules() if type(part) is torch.nn.Linear]
+    expected, packed, reordered = greedy(of, **inputs), [], torch.ops.mkldnn._reorder_linear_weight
+    of.lm_head.register_forward_hook(lambda *_: packed.append(all(isinstance(one, PackedLinear) for one in linear)))
+    monkeypatch.setattr(
+        "pygen.compat.transformers.packed._pack", lambda w: made.append(1) or reordered(w.detach(), None)
+    )
+    for _ in range(2):
+        made = []
+        with patch():
+            for times in range(1, 3):
+                assert torch.equal(greedy(of, **inputs), expected)
+                assert len(made) == len(linear) * times  # which the weights' change, but no second call, repeats
+                assert all(type(one) is torch.nn.Linear for one in linear)
+                assert not any("pygen" in key for part in of.modules() for key in vars(part))
+                assert torch.equal(greedy(of, **inputs), expected)
+                with torch.no_grad():
+                    for one in linear:
+                        one.weight.mul_(1)
+    assert packed
+    assert all(packed)
+    packed.clear()
+    greedy(of, **inputs)
+    assert not any(packed)
+
+
+def test_a_model_of_more_than_a_gibibyte_is_not_packed_unasked(monkeypatch):
+    monkeypatch.setattr("pygen.compat.transformers.packed.BY_DEFAULT", 1000)
+    of, packed = copy.deepcopy(model("llama")), []
+    of.lm_head.register_forward_hook(lambda layer, *_: packed.append(isinstance(layer, PackedLinear)))
+    with patch():
+        greedy(of, input_ids=prompts())
+    with convert(of):
+        greedy(of, input_ids=prompts())
+    assert packed
+    assert not any(packed)
+
+
 def test_a_packed_layer_trains():
     of = copy.deepcopy(model("llama"))
     with convert(of, pack_weights=True):

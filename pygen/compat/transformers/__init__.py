@@ -2,7 +2,7 @@
 
 from pygen.compat import transformers as drop_in
 
-with drop_in.patch():                       # its cache, attention and sampler
+with drop_in.patch():                       # its cache, attention, sampler and packed weights
     tokens = model.generate(**inputs)
 
 handle = drop_in.convert(model)             # and rotary embedding, appending and attending in one call
@@ -32,8 +32,6 @@ from pygen.ops.kept import KeptResult  # noqa: E402
 
 __all__ = ["Cache", "PagedCache", "convert", "patch"]
 
-_PACKED_BY_DEFAULT = 2**30  # bytes of weights
-
 
 def convert(model: Any, *, pack_weights: bool | None = None) -> Handle:
     """Generate with a live model on pygen's kernels.
@@ -59,7 +57,7 @@ def convert(model: Any, *, pack_weights: bool | None = None) -> Handle:
     changes = Changes()
     linear = {path: layer for path, layer in model.named_modules() if packed.can_pack(layer)}
     if pack_weights is None:
-        pack_weights = packed.total_bytes(linear.values()) <= _PACKED_BY_DEFAULT
+        pack_weights = packed.total_bytes(linear.values()) <= packed.BY_DEFAULT
     for path, layer in linear.items() if pack_weights else ():
         _pack(changes, layer, path)
     by_position = tables.position_tables(model)
@@ -119,7 +117,9 @@ def patch() -> Handle:
 
     Models keep what they are: attention "sdpa", transformers' default, goes to pygen's function, which leaves what no
     pygen cache holds to transformers' own; `generate` makes `Cache(config)` where it would make a `DynamicCache` (or,
-    on the CPU, a `StaticCache`); tokens are drawn by `ops.sample_logits`, seeded by PyTorch's default generator.
+    on the CPU, a `StaticCache`); tokens are drawn by `ops.sample_logits`, seeded by PyTorch's default generator. While
+    `generate` runs on the CPU, float32 linear layers of a GiB at most in all multiply by packed copies of their
+    weights, as `convert` describes it; the copies last as long as their layer and the patch.
 
     Returns:
         A `Handle`, also a context manager: `with pygen.compat.transformers.patch(): ...`. The last of nested patches to

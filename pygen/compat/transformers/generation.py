@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor, nn
 from transformers import GenerationMixin, cache_utils
 
 from pygen.compat.handle import Changes, qualified_name
 from pygen.compat.transformers.cache import SERVED, Cache
-from pygen.compat.transformers.packed import packed_weights
+from pygen.compat.transformers.packed import PackedLinear, packed_weights, packing
 from pygen.compat.transformers.sampling import Sampler, processed
 from pygen.compat.transformers.swapped import Swapped
+from pygen.ops.kept import KeptResult
 
-PREPARE_CACHE, SAMPLE = "_prepare_cache_for_generation", "_sample"
+GENERATE, PREPARE_CACHE, SAMPLE = "generate", "_prepare_cache_for_generation", "_sample"
 
 
 def cache_in_place_of(model: Any, made: Any) -> Cache | None:
@@ -66,7 +69,7 @@ class Generating(Swapped):
     @functools.wraps(GenerationMixin.generate)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         with packed_weights(self):
-            return _next(self, "generate")(self, *args, **kwargs)
+            return _next(self, GENERATE)(self, *args, **kwargs)
 
     @functools.wraps(GenerationMixin._prepare_cache_for_generation)
     def _prepare_cache_for_generation(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -85,8 +88,16 @@ def _next(model: Any, name: str) -> Callable[..., Any]:
 
 
 def install(changes: Changes) -> None:
-    """Put both into every model that generates."""
-    for name, function, by in ((PREPARE_CACHE, prepare_cache, Cache), (SAMPLE, sample, Sampler)):
+    """Put all three into every model that generates."""
+    kept: weakref.WeakKeyDictionary[nn.Module, KeptResult[Tensor]] = weakref.WeakKeyDictionary()
+
+    def generate(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+        with packing(model, kept):
+            return original(model, *args, **kwargs)
+
+    for name, function, by in (
+        (GENERATE, generate, PackedLinear), (PREPARE_CACHE, prepare_cache, Cache), (SAMPLE, sample, Sampler)
+    ):  # fmt: skip
         original = getattr(GenerationMixin, name)
         changes.set(GenerationMixin, name, _instead(original, function, changes))
         changes.report_replaced(qualified_name(original), qualified_name(by), name)

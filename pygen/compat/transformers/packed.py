@@ -7,17 +7,18 @@ packed weight is a second copy of it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pygen.compat.transformers.swapped import Swapped
+from pygen.compat.transformers.swapped import Swapped, swapped
 from pygen.ops.kept import KeptResult, can_keep, probe, versions
 
 KEPT, IN_USE = "_pygen_kept", "_pygen_packed"  # a layer's packed weight, and the same where it can be relied on
+BY_DEFAULT = 2**30  # bytes of weights in all that are packed without being asked for
 
 
 class PackedLinear(Swapped):
@@ -52,7 +53,10 @@ def total_bytes(layers: Iterable[nn.Module]) -> int:
 @contextlib.contextmanager
 def packed_weights(model: nn.Module) -> Iterator[None]:
     """Pack the weights of a model's layers, where they have changed since they were packed; inside they may not."""
-    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
+    # In a `generate` within a `generate` they are the outer one's.
+    layers: list[Any] = [
+        layer for layer in model.modules() if isinstance(layer, PackedLinear) and IN_USE not in vars(layer)
+    ]
     for layer in layers:
         own, weight = vars(layer), layer.weight
         if weight.dtype == torch.float32 and can_keep([weight]):
@@ -63,6 +67,27 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             vars(layer).pop(IN_USE, None)
+
+
+@contextlib.contextmanager
+def packing(model: nn.Module, kept: MutableMapping[nn.Module, KeptResult[Tensor]]) -> Iterator[None]:
+    """`packed_weights` of a model whose linear layers are ordinary ones, and are so again afterwards.
+
+    kept: where the packed weights are found the next time.
+    """
+    layers: list[Any] = [layer for layer in model.modules() if can_pack(layer)]
+    if total_bytes(layers) > BY_DEFAULT:
+        layers = []
+    for layer in layers:
+        vars(layer)[KEPT] = kept.setdefault(layer, KeptResult())
+        layer.__class__ = swapped(PackedLinear, nn.Linear)
+    try:
+        with packed_weights(model):
+            yield
+    finally:
+        for layer in layers:
+            layer.__class__ = nn.Linear
+            vars(layer).pop(KEPT, None)
 
 
 def _pack(weight: Tensor) -> Tensor:
