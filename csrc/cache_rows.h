@@ -15,6 +15,11 @@ constexpr int64_t kTile = 32;      // keys taken at a time: the bits of a word, 
 constexpr int64_t kTileRows = 16;  // query rows that share one reading of the keys
 constexpr int64_t kRowsTogether = 4;
 
+// Rows of the cache that are read next, of which the loops ask for a piece at each step: pages lie anywhere, and no
+// prefetcher of the machine goes from keys to values and back. A burst of requests would wait for itself.
+template <class T>
+constexpr const T* const* kNoRows = nullptr;
+
 // Query rows (scaled) against the keys at positions begin .. end - 1, of which row r sees first[r] .. last[r] - 1 as
 // far as the mask lets it.
 template <class Compute, class Stored>
@@ -124,7 +129,7 @@ PYGEN_INLINE typename Lanes<Compute, kBytes>::type load_lanes(const Stored* from
 // Scores of kRows rows against keys from .. to - 1, kKeys at a time: each load of a row or a key serves several.
 template <int kBytes, int kRows, int kKeys, class T, class Stored>
 PYGEN_INLINE void score(const T* rows, const Stored* const* keys, int64_t width, int64_t from, int64_t to,
-                        T (*scores)[kTile]) {
+                        T (*scores)[kTile], const Stored* const* ahead) {
   using V = typename Lanes<T, kBytes>::type;
   constexpr int kLanes = kBytes / sizeof(T);
   for (int64_t j = from; j < to; j += kKeys) {
@@ -133,7 +138,10 @@ PYGEN_INLINE void score(const T* rows, const Stored* const* keys, int64_t width,
     for (; d + kLanes <= width; d += kLanes) {
       V key[kKeys];
 #pragma GCC unroll 4
-      for (int k = 0; k < kKeys; ++k) key[k] = load_lanes<T, kBytes>(keys[j + k] + d);
+      for (int k = 0; k < kKeys; ++k) {
+        key[k] = load_lanes<T, kBytes>(keys[j + k] + d);
+        if (ahead) __builtin_prefetch(ahead[j + k] + d);
+      }
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
         const V row = *reinterpret_cast<const V*>(rows + r * width + d);
@@ -156,29 +164,30 @@ PYGEN_INLINE void score(const T* rows, const Stored* const* keys, int64_t width,
 // alone would wait for its own last sum.
 template <int kBytes, int kRows, int kSteps, class T, class Stored>
 PYGEN_INLINE int64_t add_columns(const T (*weights)[kTile], const Stored* const* values, int64_t width, int64_t d,
-                                 int64_t from, int64_t to, T* accumulator) {
+                                 int64_t from, int64_t to, T* accumulator, const Stored* const* ahead) {
   using V = typename Lanes<T, kBytes>::type;
   constexpr int kLanes = kBytes / sizeof(T);
   for (; d + kSteps * kLanes <= width; d += kSteps * kLanes) {
     V sums[kRows][kSteps];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int s = 0; s < kSteps; ++s) {
         sums[r][s] = *reinterpret_cast<const V*>(accumulator + r * width + d + s * kLanes);
       }
     }
     for (int64_t j = from; j < to; ++j) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int s = 0; s < kSteps; ++s) {
         const V value = load_lanes<T, kBytes>(values[j] + d + s * kLanes);
+        if (ahead) __builtin_prefetch(ahead[j] + d + s * kLanes);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) sums[r][s] += weights[r][j] * value;
       }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int s = 0; s < kSteps; ++s) {
         *reinterpret_cast<V*>(accumulator + r * width + d + s * kLanes) = sums[r][s];
       }
@@ -189,12 +198,15 @@ PYGEN_INLINE int64_t add_columns(const T (*weights)[kTile], const Stored* const*
 
 template <int kBytes, int kRows, class T, class Stored>
 PYGEN_INLINE void add(const T (*weights)[kTile], const Stored* const* values, int64_t width, uint32_t seen,
-                      T* accumulator) {
+                      T* accumulator, const Stored* const* ahead) {
   while (seen) {
     const int64_t from = std::countr_zero(seen), to = from + std::countr_one(seen >> from);
     seen = to == kTile ? 0 : seen & (~0u << to);
-    int64_t d = add_columns<kBytes, kRows, 4>(weights, values, width, 0, from, to, accumulator);
-    d = add_columns<kBytes, kRows, 1>(weights, values, width, d, from, to, accumulator);
+    int64_t d = 0;
+    if constexpr (kRows == 1)
+      d = add_columns<kBytes, kRows, 8>(weights, values, width, d, from, to, accumulator, ahead);
+    d = add_columns<kBytes, kRows, 4>(weights, values, width, d, from, to, accumulator, ahead);
+    d = add_columns<kBytes, kRows, 1>(weights, values, width, d, from, to, accumulator, ahead);
     for (; d < width; ++d) {
       for (int r = 0; r < kRows; ++r) {
         for (int64_t j = from; j < to; ++j) accumulator[r * width + d] += weights[r][j] * widen(values[j][d]);
@@ -228,18 +240,6 @@ PYGEN_INLINE void find_rows(const cache::Places<T>& places, int64_t tile, int64_
   }
 }
 
-// Asks for the rows from position `tile` on while those before are computed with: pages lie anywhere, which no
-// prefetcher of the machine follows.
-template <class T>
-PYGEN_INLINE void prefetch_rows(const cache::Places<T>& places, int64_t tile, int64_t n, int64_t width) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  const T* rows[kTile];
-  find_rows(places, tile, n, rows);
-  for (int64_t j = 0; j < n; ++j) {
-    for (int64_t d = 0; d < width; d += kLine) __builtin_prefetch(rows[j] + d);
-  }
-}
-
 // Rows of a tile where they lie, or widened into the buffer where so many query rows read them that it pays.
 template <int kBytes, class Compute, class Stored>
 PYGEN_INLINE void widen_tile(const Stored* const* rows, int64_t n, int64_t width, Compute* buffer,
@@ -259,32 +259,37 @@ PYGEN_INLINE void widen_tile(const Stored* const* rows, int64_t n, int64_t width
 
 template <int kBytes, class Compute, class Element>
 PYGEN_INLINE void score_tile(const Compute* query, int64_t rows, const Element* const* keys, int64_t width, int64_t n,
-                             Compute (*scores)[kTile]) {
+                             Compute (*scores)[kTile], const Element* const* ahead) {
   constexpr int kRows = kRowsTogether, kKeys = 4;
   const int64_t whole = n / kKeys * kKeys;
   int64_t r = 0;
   for (; r + kRows <= rows; r += kRows) {
-    score<kBytes, kRows, kKeys>(query + r * width, keys, width, 0, whole, scores + r);
-    score<kBytes, kRows, 1>(query + r * width, keys, width, whole, n, scores + r);
+    score<kBytes, kRows, kKeys>(query + r * width, keys, width, 0, whole, scores + r, ahead);
+    score<kBytes, kRows, 1>(query + r * width, keys, width, whole, n, scores + r, ahead);
+    ahead = kNoRows<Element>;
   }
   for (; r < rows; ++r) {
-    score<kBytes, 1, kKeys>(query + r * width, keys, width, 0, whole, scores + r);
-    score<kBytes, 1, 1>(query + r * width, keys, width, whole, n, scores + r);
+    score<kBytes, 1, kKeys>(query + r * width, keys, width, 0, whole, scores + r, ahead);
+    score<kBytes, 1, 1>(query + r * width, keys, width, whole, n, scores + r, ahead);
+    ahead = kNoRows<Element>;
   }
 }
 
 // What a row does not see is not added by a weight of zero: it can be infinite.
 template <int kBytes, class Compute, class Element>
 PYGEN_INLINE void add_tile(const Compute (*weights)[kTile], const uint32_t* seen, int64_t rows,
-                           const Element* const* values, int64_t width, Compute* accumulator) {
+                           const Element* const* values, int64_t width, Compute* accumulator,
+                           const Element* const* ahead) {
   constexpr int kRows = kRowsTogether;
   for (int64_t first = 0; first < rows; first += kRows) {
     const int64_t end = std::min(first + kRows, rows);
     uint32_t shared = end - first == kRows ? ~0u : 0;  // what four rows see together
     for (int64_t r = first; r < end; ++r) shared &= seen[r];
-    if (shared) add<kBytes, kRows>(weights + first, values, width, shared, accumulator + first * width);
+    if (shared) add<kBytes, kRows>(weights + first, values, width, shared, accumulator + first * width, ahead);
     for (int64_t r = first; r < end; ++r) {
-      if (seen[r] & ~shared) add<kBytes, 1>(weights + r, values, width, seen[r] & ~shared, accumulator + r * width);
+      const uint32_t own = seen[r] & ~shared;
+      if (own) add<kBytes, 1>(weights + r, values, width, own, accumulator + r * width, ahead);
+      ahead = kNoRows<Element>;
     }
   }
 }
@@ -299,7 +304,7 @@ PYGEN_INLINE void attend_rows_by(const Split<Compute, Stored>& x) {
   }
   const bool widened = !std::is_same_v<Compute, Stored> && x.rows > kRowsTogether;
   Compute scores[kTileRows][kTile], bias[kTileRows][kTile], key_scales[kTile] = {}, value_scales[kTile] = {};
-  const Stored* rows[kTile];
+  const Stored *keys[kTile], *values[kTile];
   const Compute* wide_rows[kTile];
   uint32_t seen[kTileRows];
   for (int64_t tile = x.begin; tile < x.end; tile += kTile) {
@@ -307,12 +312,8 @@ PYGEN_INLINE void attend_rows_by(const Split<Compute, Stored>& x) {
     uint32_t any = 0;
     for (int64_t r = 0; r < x.rows; ++r) any |= seen[r] = seen_of(x, r, tile, n, bias[r]);
     if (!any) continue;
-    if (x.keys.pages && tile + n < x.end) {
-      const int64_t next = std::min(kTile, x.end - tile - n);
-      prefetch_rows(x.keys, tile + n, next, width);
-      prefetch_rows(x.values, tile + n, next, width);
-    }
-    find_rows(x.keys, tile, n, rows);
+    find_rows(x.keys, tile, n, keys);
+    find_rows(x.values, tile, n, values);
     if constexpr (cache::kScaled<Stored>) {
       const float* scales[kTile];
       find_rows(x.key_scales, tile, n, scales);
@@ -321,10 +322,10 @@ PYGEN_INLINE void attend_rows_by(const Split<Compute, Stored>& x) {
       for (int64_t j = 0; j < n; ++j) value_scales[j] = *scales[j] * kUnit<Stored>;
     }
     if (widened) {
-      widen_tile<kBytes>(rows, n, width, x.buffer, wide_rows);
-      score_tile<kBytes>(x.query, x.rows, wide_rows, width, n, scores);
+      widen_tile<kBytes>(keys, n, width, x.buffer, wide_rows);
+      score_tile<kBytes>(x.query, x.rows, wide_rows, width, n, scores, kNoRows<Compute>);
     } else {
-      score_tile<kBytes>(x.query, x.rows, rows, width, n, scores);
+      score_tile<kBytes>(x.query, x.rows, keys, width, n, scores, values);
     }
     for (int64_t r = 0; r < x.rows; ++r) {
       if (!seen[r]) continue;
@@ -359,12 +360,16 @@ PYGEN_INLINE void attend_rows_by(const Split<Compute, Stored>& x) {
         for (int64_t j = 0; j < kTile; ++j) s[j] *= value_scales[j];
       }
     }
-    find_rows(x.values, tile, n, rows);
+    const int64_t rest = x.end - tile - kTile;
+    if (rest > 0) {
+      find_rows(x.keys, tile + kTile, std::min(kTile, rest), keys);
+      std::fill(keys + std::min(kTile, rest), keys + kTile, keys[0]);
+    }
     if (widened) {
-      widen_tile<kBytes>(rows, n, width, x.buffer, wide_rows);
-      add_tile<kBytes>(scores, seen, x.rows, wide_rows, width, x.accumulator);
+      widen_tile<kBytes>(values, n, width, x.buffer, wide_rows);
+      add_tile<kBytes>(scores, seen, x.rows, wide_rows, width, x.accumulator, kNoRows<Compute>);
     } else {
-      add_tile<kBytes>(scores, seen, x.rows, rows, width, x.accumulator);
+      add_tile<kBytes>(scores, seen, x.rows, values, width, x.accumulator, rest > 0 ? keys : kNoRows<Stored>);
     }
   }
 }
