@@ -4,6 +4,7 @@ order, trained and evaluated in one pass over all tokens, and sampled token by t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -20,7 +21,8 @@ from pygen.model import Density, GenerativeModel, Stage, refuse_steps
 from pygen.ops.kept import Kept
 from pygen.ops.noise import TOKEN_STREAM, philox_uniform_reference, signed_seed
 
-_CONVERTED: Kept[dict[tuple[int, ...], Incremental]] = Kept()
+_CONVERTED: Kept[dict[tuple[int, ...], Incremental]] = Kept(devices=("cpu", "cuda"))
+_MOST_LENGTHS = 8  # for which a network is kept converted
 
 
 class AutoregressiveModel(GenerativeModel):
@@ -131,8 +133,8 @@ class AutoregressiveModel(GenerativeModel):
         length: of a sequence, where that is not the model's own to say.
         """
         parameters = [*self.parameters(), *self.buffers()]
-        served = self.device.type == "cpu" and parameters[0].dtype in (torch.float32, torch.float64)
-        if not self.convolutional or not served or _native.kernels_for(parameters[0]) is None:
+        wide = parameters[0].dtype in (torch.float32, torch.float64)
+        if not self.convolutional or not wide or _native.kernels_for(parameters[0]) is None:
             return None
         if self.config.shape[1:] == (1, 1) and length in (None, self.length):
             return None  # of a single pixel there is nothing to keep
@@ -140,12 +142,16 @@ class AutoregressiveModel(GenerativeModel):
         with torch.no_grad():
             by_shape = _CONVERTED.get(self, parameters, dict[tuple[int, ...], Incremental])
             if shape not in by_shape:
+                if len(by_shape) == _MOST_LENGTHS:
+                    by_shape.pop(next(iter(by_shape)))
                 condition = None if self.config.classes is None else torch.zeros(1, dtype=torch.int64)
+                # Following a network takes many small operations, and their results, which no GPU is quick at.
+                network = self if self.device.type == "cpu" else copy.deepcopy(self).cpu()
                 try:
                     # That these networks are causal, and convert, is for the tests: verifying takes some passes.
                     by_shape[shape] = incremental(
-                        self, shape, levels=self.config.levels, condition=condition, logistics=self.logistics,
-                        verify=False,
+                        network, shape, levels=self.config.levels, condition=condition, logistics=self.logistics,
+                        verify=False, device=self.device,
                     )  # fmt: skip
                 except ConversionError as error:
                     if all(bool(parameter.isfinite().all()) for parameter in parameters):

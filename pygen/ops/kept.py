@@ -1,7 +1,7 @@
 """Results that follow from a layer's tensors, kept from call to call while these stay as they are.
 
-What follows from parameters is kept in evaluation on the CPU: where a gradient is wanted, on other devices and under a
-tracer it is made anew each time, as the libraries do.
+What follows from parameters is kept in evaluation on the CPU: where a gradient is wanted, under a tracer, and on other
+devices, which would have to be waited for, it is made anew each time, as the libraries do.
 """
 
 from __future__ import annotations
@@ -35,14 +35,19 @@ class KeptResult(Generic[Value]):
 
 
 class Kept(Generic[Value]):
-    """One value for each layer, made of parameters, and forgotten with the layer."""
+    """One value for each layer, made of parameters, and forgotten with the layer.
 
-    def __init__(self) -> None:
+    devices: the types of those where it is kept.
+    """
+
+    def __init__(self, devices: tuple[str, ...] = ("cpu",)) -> None:
+        self._devices = devices
         self._results: weakref.WeakKeyDictionary[nn.Module, KeptResult[Value]] = weakref.WeakKeyDictionary()
 
     def get(self, layer: nn.Module, tensors: Sequence[Tensor], make: Callable[[], Value]) -> Value:
         """`make()`, or what it returned last time for this layer, if none of the tensors has changed since."""
-        if not can_keep(tensors) or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+        graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        if graph or not can_keep(tensors, self._devices):
             return make()
         key = (versions(tensors), *map(probe, tensors))
         return self._results.setdefault(layer, KeptResult()).get(key, tensors, make)
@@ -52,11 +57,11 @@ class Kept(Generic[Value]):
         return self._results.setdefault(layer, KeptResult()).get(versions(tensors), tensors, make)
 
 
-def can_keep(tensors: Sequence[Tensor]) -> bool:
+def can_keep(tensors: Sequence[Tensor], devices: tuple[str, ...] = ("cpu",)) -> bool:
     """Whether a change of one of these parameters would be seen."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return all(tensor.device.type == "cpu" and not tensor.is_inference() for tensor in tensors)
+    return all(tensor.device.type in devices and not tensor.is_inference() for tensor in tensors)
 
 
 def versions(tensors: Sequence[Tensor]) -> tuple[Any, ...]:

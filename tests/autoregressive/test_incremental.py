@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pygen import _native, ops
 from pygen.autoregressive.incremental import ConversionError, Incremental, incremental
+from pygen.autoregressive.incremental import converted as converted_module
 from pygen.autoregressive.incremental.converted import IncrementalState
 
 CONVERTED: dict[str, tuple[Case, Incremental]] = {}
@@ -366,6 +367,29 @@ def test_refuses_what_it_cannot_convert_and_names_it(then: nn.Module, message: s
             incremental(model, (1, 4, 5), **options)
     else:
         incremental(model, (1, 4, 5), **options)
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_parameter_that_is_not_finite_is_named(verify: bool) -> None:
+    model = Stack(MaskedConv2d("B", 4, 3, 3, padding=1)).eval()
+    with torch.no_grad():
+        model.then.weight[0, 0, 0, 0] = torch.nan
+    if verify:
+        with pytest.raises(ConversionError, match="then.weight is not finite"):
+            incremental(model, (1, 4, 5), levels=3)
+    with torch.no_grad():
+        model.then.weight.fill_(torch.inf)  # masked, too, which makes NaN of zero
+    with pytest.raises(ConversionError, match="then.weight is not finite"):
+        incremental(model, (1, 4, 5), levels=3, verify=verify)
+
+
+def test_conditions_are_forgotten_when_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(converted_module, "_MOST_CONDITIONS", 2)
+    case = build("gated, classes")
+    net = incremental(case.model, case.shape, levels=case.levels, **case.options)
+    first = net.condition(torch.arange(3), 3)
+    assert len(net._known_conditions) == 2
+    assert torch.equal(net.condition(torch.arange(3).flip(0), 3), first.flip(0))
 
 
 def test_refuses_a_network_that_sees_its_own_pixel() -> None:

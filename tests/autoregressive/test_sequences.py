@@ -32,6 +32,14 @@ def test_wavenet_draws_sound_of_any_length(length: int, n: int) -> None:
     assert torch.equal(longer[:, :length], tokens)
 
 
+def test_networks_of_a_few_lengths_are_kept() -> None:
+    model = small("wavenet", shape=(1, 1, 20), levels=16, classes=None)
+    lengths = [*range(1, 12), 3]
+    first = [model.sample_tokens(1, length=length)[0] for length in lengths]
+    assert all(torch.equal(a, first[-2][:, : a.shape[1]]) for a in first)
+    assert model.converted(3) is model.converted(3)
+
+
 @pytest.mark.parametrize("length", [0, -3])
 @pytest.mark.parametrize("name", ["wavenet", "transformer"])
 def test_a_sample_of_no_length_is_refused(name: str, length: int) -> None:

@@ -33,6 +33,7 @@ def incremental(
     values: Tensor | None = None,
     logistics: bool = False,
     verify: bool = True,
+    device: torch.device | str | None = None,
 ) -> Incremental:
     """Convert a masked convolutional network, as it is, into one that draws element after element.
 
@@ -57,13 +58,14 @@ def incremental(
             height, width) for 3 channels and (n, 3 * M, height, width) for 1 (see `ops.sample_discretized_logistics`).
         verify: compare outputs with those of the network on random samples, of which some differ from some element
             on: those before it have to stay the same.
+        device: where samples are drawn; where the network is, if None.
 
     Elements are numbered in the order in which they are drawn: (row * width + column) * channels + channel.
 
     Raises:
         ConversionError: (a ValueError) for a network that is not causal, naming the output and the later element that
             it depends on; for a module with an operation that is not supported, naming both; for outputs of another
-            shape; and where verification fails.
+            shape; where verification fails; and for a parameter that is not finite, where that is what made it fail.
     """
     if not 1 <= len(shape) <= 3 or min(shape) < 1:
         raise ValueError(f"shape is {tuple(shape)}, but expected 1 to 3 positive sizes")
@@ -92,25 +94,33 @@ def incremental(
         traced = trace(model, call, example.reshape(1, *shape), condition, places)
         return traced, _draws(traced, picture, geometry, levels, logistics)
 
-    geometry = picture
-    try:
-        traced, draws = follow(geometry)
-    except NotSeparable as error:
-        # It may flatten the picture first, to read it as a sequence; if that is not it, the first reason is the reason.
-        geometry = Geometry(1, 1, picture.length)
+    def follow_either() -> tuple[Geometry, Traced, list[Draw]]:
         try:
-            traced, draws = follow(geometry)
-        except NotSeparable:
-            raise error from None
-    sources = [draw.source for draw in draws]
-    fields = fuse(traced.network.fields, sources)
-    encoded = Encoder(Schedule(fields, draws, geometry), len(draws[0].source.channels), dtype).encode()
-    converted = Incremental(
-        encoded, traced.tape, tuple(shape), picture, values, None if condition is None else tuple(condition.shape[1:]),
-        levels if logistics else 0, parameter.device, dtype,
-    )  # fmt: skip
-    if verify:
-        _verify(model, call, converted, condition)
+            return picture, *follow(picture)
+        except NotSeparable as error:
+            # It may flatten the picture first, to read it as a sequence; if not, the first reason is the reason.
+            sequence = Geometry(1, 1, picture.length)
+            try:
+                return sequence, *follow(sequence)
+            except NotSeparable:
+                raise error from None
+
+    try:
+        geometry, traced, draws = follow_either()
+        fields = fuse(traced.network.fields, [draw.source for draw in draws])
+        encoded = Encoder(Schedule(fields, draws, geometry), len(draws[0].source.channels), dtype).encode()
+        converted = Incremental(
+            encoded, traced.tape, tuple(shape), picture, values,
+            None if condition is None else tuple(condition.shape[1:]), levels if logistics else 0,
+            parameter.device, parameter.device if device is None else torch.device(device), dtype,
+        )  # fmt: skip
+        if verify:
+            _verify(model, call, converted, condition)
+    except ConversionError as error:
+        broken = [name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())]
+        if broken:
+            raise ConversionError(f"{broken[0]} is not finite, and what a mask multiplies by 0 is NaN") from error
+        raise
     return converted
 
 
@@ -166,7 +176,7 @@ def _verify(model: nn.Module, call: Callable[..., Tensor], converted: Incrementa
     rows = torch.stack([tokens, *changed])
     conditions = None if condition is None else condition.expand(len(rows), *condition.shape[1:])
     with evaluation(model):
-        x = converted.pictures(rows)
+        x = converted.pictures(rows).to(converted.traced_on)
         outputs = call(x) if conditions is None else call(x, conditions)
     logistics = converted.logistics > 0
     expected = torch.stack([
@@ -180,7 +190,7 @@ def _verify(model: nn.Module, call: Callable[..., Tensor], converted: Incrementa
                 f"the network is not causal: its outputs for element {int(moved.nonzero()[0])} change with the "
                 f"elements from {cut} on"
             )
-    found = converted.logits(rows.to(x.device), condition=conditions).cpu()
+    found = converted.logits(rows, condition=conditions).cpu()
     worst = (found - expected).abs().amax((0, 2))
     bad = ~(worst <= tolerance)
     if bad.any():

@@ -17,6 +17,8 @@ from pygen.ops.incremental import incremental_advance
 
 Progress = Callable[[int, int], None]
 
+_MOST_CONDITIONS = 1024  # whose results are kept
+
 
 class Incremental:
     """What `incremental(model)` returns. Tokens are int64 (n, length), levels in the order in which they are drawn.
@@ -26,11 +28,13 @@ class Incremental:
 
     def __init__(
         self, encoded: Encoded, tape: Tape, shape: tuple[int, ...], geometry: Geometry, values: Tensor,
-        condition_shape: tuple[int, ...] | None, logistics: int, device: torch.device, dtype: torch.dtype,
+        condition_shape: tuple[int, ...] | None, logistics: int, traced_on: torch.device, device: torch.device,
+        dtype: torch.dtype,
     ) -> None:  # fmt: skip
         self.program, self.fixed = encoded.program, encoded.fixed
         self.weights = encoded.weights.to(device)
-        self.shape, self.geometry, self.logistics, self.device, self.dtype = shape, geometry, logistics, device, dtype
+        self.shape, self.geometry, self.logistics, self.dtype = shape, geometry, logistics, dtype
+        self.traced_on, self.device = traced_on, device
         self.values = values.to(device)
         self._condition_shape, self._tape = condition_shape, tape
         self._known_conditions: dict[Any, Tensor] = {}
@@ -178,7 +182,7 @@ class Incremental:
         key = tuple(condition.flatten().tolist()) if condition.dtype == torch.int64 else None
         if key is not None and key in self._known_conditions:
             return self._known_conditions[key]
-        values = self._tape.replay(condition.to(self.device))
+        values = self._tape.replay(condition.to(self.traced_on))
         made = torch.zeros(self.program.conditions, dtype=self.dtype)
         for node, place in self.fixed:
             grid = node.arrangement.to_grid(_squeezed(values[node.value], node.arrangement.shape).cpu())
@@ -187,6 +191,8 @@ class Incremental:
             made[place.start : place.start + place.size] = stored.flatten()
         made = made.to(self.device)
         if key is not None:
+            if len(self._known_conditions) == _MOST_CONDITIONS:
+                self._known_conditions.pop(next(iter(self._known_conditions)))
             self._known_conditions[key] = made
         return made
 
