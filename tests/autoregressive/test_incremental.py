@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from incremental_cases import CASES, Case, MaskedConv2d, PlainPixelCNN, build
 from torch import Tensor, nn
@@ -191,14 +191,19 @@ class Course:
         self.labels, self.tokens = self.labels[index], self.tokens[index]
 
 
-@given(st.data())
-def test_any_course_of_steps_crops_forks_and_reorders(data: st.DataObject) -> None:
+@pytest.mark.parametrize("between_marks", [1, 3, converted_module._BETWEEN_MARKS])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_course_of_steps_crops_forks_and_reorders(
+    between_marks: int, monkeypatch: pytest.MonkeyPatch, data: st.DataObject
+) -> None:
+    monkeypatch.setattr(converted_module, "_BETWEEN_MARKS", between_marks)
     _, net = converted("gated, classes")
     torch.manual_seed(data.draw(st.integers(0, 2**16)))
     rows = data.draw(st.integers(1, 3))
     labels = torch.arange(rows)
     courses = [Course(net.start(rows, condition=labels), labels, torch.zeros(rows, 0, dtype=torch.int64))]
-    for _ in range(data.draw(st.integers(1, 8))):
+    for _ in range(data.draw(st.integers(1, 12))):
         course = data.draw(st.sampled_from(courses))
         position, left = course.state.position, net.length - 1 - course.state.position
         move = data.draw(st.sampled_from(["feed", "feed", "crop", "fork", "reorder"]))
@@ -214,6 +219,31 @@ def test_any_course_of_steps_crops_forks_and_reorders(data: st.DataObject) -> No
     for course in courses:
         if course.state.position < net.length - 1:
             course.feed(net, 1)
+
+
+def test_what_is_taken_back_again_and_again_is_computed_from_a_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, net = converted("wave")
+    advance, run = net.advance, 0
+
+    def counted(
+        state: Tensor, tokens: Tensor, conditions: Tensor, begin: int, end: int, *args: Any, **options: Any
+    ) -> Any:
+        nonlocal run
+        run += end - begin
+        return advance(state, tokens, conditions, begin, end, *args, **options)
+
+    monkeypatch.setattr(net, "advance", counted)
+    state, token = net.start(2), torch.zeros(2, dtype=torch.int64)
+    steps = []
+    for i in range(50):
+        run = 0
+        _, state = net.step(token, state)
+        steps.append(run)
+        if i % 3 == 2:
+            state.crop(state.position - 1)
+    assert state.position == 34
+    assert steps[9] == 8  # there was no mark yet
+    assert max(steps) <= converted_module._BETWEEN_MARKS + 2
 
 
 @pytest.mark.parametrize("name", ["gated, colours", "wave", "plus plus"])

@@ -18,6 +18,7 @@ from pygen.ops.incremental import incremental_advance
 Progress = Callable[[int, int], None]
 
 _MOST_CONDITIONS = 1024  # whose results are kept
+_BETWEEN_MARKS, _MOST_MARKS = 8, 4  # a mark costs about as much as a step of a network whose activations it copies
 
 
 class Incremental:
@@ -241,8 +242,9 @@ def _squeezed(value: Tensor, shape: tuple[int, ...]) -> Tensor:
 class IncrementalState(State):
     """The activations that later elements read, and the tokens that they came from.
 
-    Rows of activations are overwritten once nothing reads them, so tokens that are taken back are computed anew from
-    the first one on, to the same bits.
+    Rows of activations are overwritten once nothing reads them, so what a crop takes back is computed anew, to the same
+    bits: from the first token on, and where tokens have been taken back before, from one of the last few marks, copies
+    of all activations.
     """
 
     def __init__(self, converted: Incremental, rows: int, conditions: Tensor) -> None:
@@ -251,6 +253,8 @@ class IncrementalState(State):
         self.numbers = torch.zeros(rows, converted.program.state, dtype=converted.dtype, device=converted.device)
         self.tokens = torch.zeros(rows, converted.length, dtype=torch.int64, device=converted.device)
         self._run = 0  # steps that have been run
+        self._marked = False  # whether marks are set
+        self._marks: list[tuple[int, Tensor]] = []  # steps that had been run, and the numbers then
 
     def first(self) -> Tensor:
         return self._until(1)[:, 0]
@@ -265,15 +269,23 @@ class IncrementalState(State):
         self.numbers, self.tokens, self.conditions = (
             each[index] for each in (self.numbers, self.tokens, self.conditions)
         )  # fmt: skip
+        self._marks = [(run, numbers[index]) for run, numbers in self._marks]
 
     def forget(self, position: int) -> None:
         if position < self.position:
+            self._marked = True
+            # Step t takes in element t - 1.
+            self._marks = [mark for mark in self._marks if mark[0] <= position + 1]
             self._run = 0
+            if self._marks:
+                self._run, numbers = self._marks[-1]
+                self.numbers = numbers.clone()
 
     @torch.no_grad()
     def _until(self, end: int, block: int = 1) -> Tensor:
         """Run the steps before `end` that have not been run; the logits of the last `block` ones."""
         begin = end - block
+        self._mark()
         ids = torch.zeros(self.rows, dtype=torch.int64, device=self.converted.device)
         for first, last, wanted in ((self._run, begin, False), (begin, end, True)):
             if first < last:
@@ -283,3 +295,7 @@ class IncrementalState(State):
                 )  # fmt: skip
         self._run = end
         return logits
+
+    def _mark(self) -> None:
+        if self._marked and self._run >= (self._marks[-1][0] if self._marks else 0) + _BETWEEN_MARKS:
+            self._marks = [*self._marks[1 - _MOST_MARKS :], (self._run, self.numbers.clone())]
