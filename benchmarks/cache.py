@@ -3,7 +3,7 @@ with each of the ways to keep fewer bytes, in pages, and with the rotary embeddi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +13,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pygen import ops
 from pygen.ops.cache_reference import quantize
+
+try:
+    from flash_attn import flash_attn_with_kvcache
+except ModuleNotFoundError:
+    flash_attn_with_kvcache = None
 
 CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
@@ -35,6 +40,18 @@ def formula(query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_
     packed = query.reshape(batch, kv_heads, -1, query.shape[3])
     scores = packed @ key_cache[:, :, :end].transpose(2, 3) * query.shape[3] ** -0.5
     return (scores.float().softmax(-1).to(query.dtype) @ value_cache[:, :, :end]).reshape(query.shape)
+
+
+def flash(
+    query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor
+) -> Callable[[], Tensor]:
+    """flash-attention's own call for it, which appends too, on tensors in its order: (batch, length, heads, width)."""
+    query, key, value, key_cache, value_cache = (
+        x.transpose(1, 2).contiguous() for x in (query, key, value, key_cache, value_cache)
+    )  # fmt: skip
+    return lambda: flash_attn_with_kvcache(
+        query, key_cache, value_cache, key, value, cache_seqlens=lengths, causal=True
+    )  # fmt: skip
 
 
 def decoded(
@@ -78,15 +95,16 @@ def cases(device: torch.device) -> Iterator[Case]:
         def rival(function, inputs=(query, key, value, *caches), length=context - 1):
             return lambda: function(*inputs, length)
 
+        rivals = {
+            "SDPA": rival(eager), "SDPA compiled": rival(compiled(eager)), "formula compiled": rival(compiled(formula))
+        }  # fmt: skip
+        targets = {"SDPA": 8.0 if device.type == "cpu" else 1.0, "SDPA compiled": 1.0, "formula compiled": 1.0}
+        if flash_attn_with_kvcache is not None and device.type == "cuda" and dtype != torch.float32:
+            rivals["flash-attention"] = flash(query, key, value, *caches, full)
+            targets["flash-attention"] = 1.0
         yield Case(
             f"attend, {str(dtype).removeprefix('torch.')}", f"{batch}x{heads}/{kv_heads}, {context}x{width}", ours,
-            {
-                "SDPA": rival(eager),
-                "SDPA compiled": rival(compiled(eager)),
-                "formula compiled": rival(compiled(formula)),
-            },
-            2 * caches[0].numel() * caches[0].element_size(),
-            {"SDPA": 8.0, "SDPA compiled": 1.0, "formula compiled": 1.0} if dtype == torch.bfloat16 else {},
+            rivals, 2 * caches[0].numel() * caches[0].element_size(), targets if dtype == torch.bfloat16 else {},
         )  # fmt: skip
     yield from fewer_bytes(device)
     yield rotary(device)
