@@ -128,13 +128,12 @@ class AutoregressiveModel(GenerativeModel):
 
     def converted(self, length: int | None = None) -> Incremental | None:
         """The network as a program that computes each activation once, made anew when a parameter has changed; None
-        where there is none for this network, device and dtype.
+        where there is none for this network and device. Of 16-bit parameters it computes in float32.
 
         length: of a sequence, where that is not the model's own to say.
         """
         parameters = [*self.parameters(), *self.buffers()]
-        wide = parameters[0].dtype in (torch.float32, torch.float64)
-        if not self.convolutional or not wide or _native.kernels_for(parameters[0]) is None:
+        if not self.convolutional or _native.kernels_for(parameters[0]) is None:
             return None
         if self.config.shape[1:] == (1, 1) and length in (None, self.length):
             return None  # of a single pixel there is nothing to keep
@@ -145,8 +144,13 @@ class AutoregressiveModel(GenerativeModel):
                 if len(by_shape) == _MOST_LENGTHS:
                     by_shape.pop(next(iter(by_shape)))
                 condition = None if self.config.classes is None else torch.zeros(1, dtype=torch.int64)
-                # Following a network takes many small operations, and their results, which no GPU is quick at.
-                network = self if self.device.type == "cpu" else copy.deepcopy(self).cpu()
+                network = self
+                narrow = parameters[0].dtype in (torch.float16, torch.bfloat16)
+                if narrow or self.device.type != "cpu":
+                    # Following a network takes many small operations, and their results, which no GPU is quick at.
+                    network = copy.deepcopy(self).cpu()
+                if narrow:
+                    network = network.float()  # the arithmetic of the loop
                 try:
                     # That these networks are causal, and convert, is for the tests: verifying takes some passes.
                     by_shape[shape] = incremental(

@@ -413,6 +413,11 @@ def test_a_parameter_that_is_not_finite_is_named(verify: bool) -> None:
         incremental(model, (1, 4, 5), levels=3, verify=verify)
 
 
+def test_refuses_a_network_in_16_bits() -> None:
+    with pytest.raises(ConversionError, match="parameters are torch.bfloat16, but expected float32 or float64"):
+        incremental(MaskedConv2d("A", 1, 3, 3, padding=1).bfloat16(), (1, 4, 4), levels=3)
+
+
 def test_conditions_are_forgotten_when_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(converted_module, "_MOST_CONDITIONS", 2)
     case = build("gated, classes")

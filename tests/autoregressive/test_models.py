@@ -3,6 +3,7 @@ cropped, forked and reordered, samples that are their ids, completion."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Callable
@@ -352,7 +353,24 @@ def test_a_network_is_converted_again_only_when_a_parameter_changes(
     with torch.no_grad():
         next(iter(model.parameters())).mul_(2)
     assert model.converted() is not first
-    assert model.half().converted() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("recipe", CONVERTED)
+def test_a_network_in_16_bits_draws_as_its_parameters_do_in_float32(recipe: str, dtype: torch.dtype) -> None:
+    model = small(recipe, shape=(1, 4, 4), levels=5, classes=3).to(dtype)
+    wide = copy.deepcopy(model).float()
+    x, log_prob = model.sample_with_log_prob(3, seed=2)
+    expected, expected_log_prob = wide.sample_with_log_prob(3, seed=2)
+    assert x.dtype == dtype
+    assert torch.equal(x, expected.to(dtype))
+    torch.testing.assert_close(log_prob.float(), expected_log_prob, atol=0.1, rtol=1e-2)
+    torch.testing.assert_close(log_prob, model.log_prob(x, condition=torch.arange(3)).detach(), atol=0.5, rtol=0.05)
+    known = torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(0)) < 0.4
+    assert torch.equal(model.complete(x, known, seed=3), wide.complete(x.float(), known, seed=3).to(dtype))
+    tokens, state = model.tokens(x), model.start(3, condition=torch.arange(3))
+    logits, state = model.step(tokens[:, :5], state)
+    torch.testing.assert_close(logits.float(), wide.logits(x.float(), condition=torch.arange(3))[:, 1:6].detach())
 
 
 @every_recipe

@@ -65,7 +65,8 @@ def incremental(
     Raises:
         ConversionError: (a ValueError) for a network that is not causal, naming the output and the later element that
             it depends on; for a module with an operation that is not supported, naming both; for outputs of another
-            shape; where verification fails; and for a parameter that is not finite, where that is what made it fail.
+            shape; where verification fails; for parameters in 16 bits; and for a parameter that is not finite, where
+            that is what made it fail.
     """
     if not 1 <= len(shape) <= 3 or min(shape) < 1:
         raise ValueError(f"shape is {tuple(shape)}, but expected 1 to 3 positive sizes")
@@ -83,6 +84,11 @@ def incremental(
     picture = Geometry(channels, height, width)
     call = forward or model
     parameter = next(iter([*model.parameters(), *model.buffers()]), torch.zeros(()))
+    if parameter.dtype in (torch.float16, torch.bfloat16):
+        raise ConversionError(
+            f"the network's parameters are {parameter.dtype}, but expected float32 or float64, as model.float() makes "
+            "them"
+        )
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     own = values if values.dtype == torch.int64 else values.to(dtype)
     example = own.to(parameter.device)[torch.arange(picture.length, device=parameter.device) % levels]
