@@ -282,10 +282,10 @@ class Walker {
     const Source query = program_.sources[in.first_source], key = program_.sources[in.first_source + 1],
                  value = program_.sources[in.first_source + 2];
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    const int64_t size = query.count / in.heads, width = in.channels / in.heads, keys = int64_t{key.height} * key.width;
+    const int64_t size = query.count / in.heads, width = in.channels / in.heads;
     const T scale = weights_[in.weights];
     T* const scores =
-        all_.scores + (static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp) * keys;
+        all_.scores + (static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp) * all_.keys;
     for (int64_t i = threadIdx.x / kWarp; i < columns * in.heads; i += blockDim.x / kWarp) {
       const int64_t head = i % in.heads;
       const Column at = column(x, i / in.heads);
@@ -420,6 +420,7 @@ struct Cuda {
     all.logits = logits ? static_cast<T*>(logits->data_ptr()) : nullptr;
     all.rows = static_cast<T*>(rows.data_ptr());
     all.scores = static_cast<T*>(scores.data_ptr());
+    all.keys = keys;
     all.staged = whole <= kSharedBytes;
     launch(advance_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
            all.staged ? whole : workspace, device.stream(), all);

@@ -139,19 +139,9 @@ PYGEN_INLINE int64_t column_at(const Header& header, const Shape& grid, int64_t 
 
 // e^x - 1 for x <= 0, to rounding however small x is: with x = n ln 2 + r, 2^n (e^r - 1) + (2^n - 1).
 PYGEN_INLINE float expm1_below(float x) {
-  x = scalar::at_least(x, -30.0f);
-  constexpr float kRound = 12582912.0f;  // as in scalar::exp, whose polynomial this is
-  const float shifted = x * 1.44269504f + kRound;
-  const float n = shifted - kRound;
-  const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
-  float p = 0.0013942160876467824f;
-  p = p * r + 0.008363775908946991f;
-  p = p * r + 0.041666362434625626f;
-  p = p * r + 0.16666573286056519f;
-  p = p * r + 0.5f;
-  const int32_t k = static_cast<int32_t>(scalar::bits_of(shifted)) - static_cast<int32_t>(scalar::bits_of(kRound));
-  const float scale = scalar::float_of(static_cast<uint32_t>(k + 127) << 23);
-  return scale * (r + r * r * p) + (scale - 1.0f);
+  const scalar::PowerOfE power = scalar::power_of_e(scalar::at_least(x, -30.0f));
+  const float scale = scalar::power_of_2(power.n);
+  return scale * power.rest + (scale - 1.0f);
 }
 PYGEN_INLINE double expm1_below(double x) { return ::expm1(x); }
 

@@ -27,7 +27,8 @@ struct Advancing {
   int64_t logistics;
   sampling::RowArguments<T, T> row;
   T *log_prob, *logits;  // logits or nullptr
-  T *rows, *scores;      // what is drawn from, (n, vocabulary); scores of the keys for each warp
+  T *rows, *scores;      // what is drawn from, (n, vocabulary); scores of the keys, (blocks, warps, keys)
+  int64_t keys;          // the most that an operation has
   bool staged;           // whether the weights move to shared memory
 };
 

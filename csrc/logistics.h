@@ -40,18 +40,9 @@ PYGEN_INLINE T bounded_log_scale(T log_scale) {
 // without the care that it takes outside.
 template <bool kMinusOne>
 PYGEN_INLINE float normal_exp(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
-  const float shifted = x * 1.44269504f + kRound;
-  const float n = shifted - kRound;
-  const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
-  float p = 0.0013942160876467824f;
-  p = p * r + 0.008363775908946991f;
-  p = p * r + 0.041666362434625626f;
-  p = p * r + 0.16666573286056519f;
-  p = p * r + 0.5f;
-  const float rest = r + r * r * p;  // e^r - 1
-  const float scale = scalar::float_of((scalar::bits_of(shifted) - scalar::bits_of(kRound) + 127u) << 23);
-  return kMinusOne ? scale * rest + (scale - 1.0f) : scale * rest + scale;
+  const scalar::PowerOfE power = scalar::power_of_e(x);
+  const float scale = scalar::power_of_2(power.n);
+  return scale * power.rest + (kMinusOne ? scale - 1.0f : scale);
 }
 template <bool kMinusOne>
 PYGEN_INLINE double normal_exp(double x) {

@@ -99,9 +99,12 @@ PYGEN_INLINE float with_sign_of(float magnitude, float sign) {
 }
 PYGEN_INLINE double with_sign_of(double magnitude, double sign) { return ::copysign(magnitude, sign); }
 
-// e^x = 2^n e^r, |r| <= ln(2)/2.
-PYGEN_INLINE float exp(float x) {
-  x = at_least(at_most(x, 89.0f), -104.0f);
+// e^x = 2^n (1 + rest), where 1 + rest = e^r with |r| <= ln(2)/2; for |x| up to some hundred.
+struct PowerOfE {
+  float rest;
+  int32_t n;
+};
+PYGEN_INLINE PowerOfE power_of_e(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
   const float shifted = x * 1.44269504f + kRound;
   const float n = shifted - kRound;
@@ -111,13 +114,17 @@ PYGEN_INLINE float exp(float x) {
   p = p * r + 0.041666362434625626f;
   p = p * r + 0.16666573286056519f;
   p = p * r + 0.5f;
-  const float value = 1.0f + (r + r * r * p);
+  return {r + r * r * p, static_cast<int32_t>(bits_of(shifted)) - static_cast<int32_t>(bits_of(kRound))};
+}
+
+// 2^n, a normal number.
+PYGEN_INLINE float power_of_2(int32_t n) { return float_of(static_cast<uint32_t>(n + 127) << 23); }
+
+PYGEN_INLINE float exp(float x) {
+  const PowerOfE power = power_of_e(at_least(at_most(x, 89.0f), -104.0f));
   // 2^n in two factors, because n reaches -150 and 128, outside what one float exponent holds.
-  const int32_t k = static_cast<int32_t>(bits_of(shifted)) - static_cast<int32_t>(bits_of(kRound));
-  const int32_t half = k >> 1;
-  const float scale = float_of(static_cast<uint32_t>(half + 127) << 23);
-  const float rest = float_of(static_cast<uint32_t>(k - half + 127) << 23);
-  return value * scale * rest;
+  const int32_t half = power.n >> 1;
+  return (1.0f + power.rest) * power_of_2(half) * power_of_2(power.n - half);
 }
 PYGEN_INLINE double exp(double x) { return ::exp(x); }
 

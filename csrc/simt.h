@@ -6,6 +6,13 @@
 #include <cstdint>
 #include <stdexcept>
 
+namespace pygen {
+
+// Shared memory of a block in bytes: in all, on every GPU of a wheel; in static arrays; and what is there unasked.
+constexpr size_t kMostShared = 99 * 1024, kMostStaticShared = 16 * 1024, kSharedUnasked = 48 * 1024;
+
+}  // namespace pygen
+
 #ifdef __CUDACC__
 
 #include <cuda_runtime.h>
@@ -53,9 +60,16 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
             const Arguments&... arguments) {
   static_assert(sizeof...(Parameters) == sizeof...(Arguments), "launch: one argument for each parameter of the kernel");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  if (shared_bytes > 48 * 1024) {
-    STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                        cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  if (shared_bytes > kSharedUnasked - kMostStaticShared) {
+    // What a kernel may have without asking counts its static arrays too. It asks for the same whatever it needs:
+    // another thread may be between this line and its own launch.
+    const void* const function = reinterpret_cast<const void*>(kernel);
+    cudaFuncAttributes facts;
+    STD_CUDA_CHECK(cudaFuncGetAttributes(&facts, function));
+    if (shared_bytes + facts.sharedSizeBytes > kSharedUnasked) {
+      STD_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          static_cast<int>(kMostShared - facts.sharedSizeBytes)));
+    }
   }
   kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
   STD_CUDA_KERNEL_LAUNCH_CHECK();

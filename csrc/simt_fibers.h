@@ -381,7 +381,7 @@ inline void* Scheduler::static_shared(const void* key, size_t bytes, size_t alig
     record(
         "%zu bytes of static and %zu of dynamic shared memory, expected at most %zu of static "
         "and %zu of both",
-        shared_.static_bytes(), shared_.dynamic_bytes(), kMaxStaticShared, kMaxShared);
+        shared_.static_bytes(), shared_.dynamic_bytes(), kMostStaticShared, kMostShared);
   }
   return memory;
 }

@@ -13,8 +13,6 @@
 namespace pygen::simt {
 
 constexpr int kMaxThreads = 1024, kMaxWarps = kMaxThreads / 32;
-// The least that a GPU of those a wheel is for grants to a block.
-constexpr size_t kMaxShared = 99 * 1024, kMaxStaticShared = 48 * 1024;
 
 inline void check_limits(dim3 grid, dim3 block, size_t shared_bytes) {
   char text[200] = "";
@@ -25,8 +23,8 @@ inline void check_limits(dim3 grid, dim3 block, size_t shared_bytes) {
   } else if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
     snprintf(text, sizeof(text), "launch: grid is (%u, %u, %u), expected x up to 2147483647, y and z up to 65535",
              grid.x, grid.y, grid.z);
-  } else if (shared_bytes > kMaxShared) {
-    snprintf(text, sizeof(text), "launch: %zu bytes of shared memory, expected %zu at most", shared_bytes, kMaxShared);
+  } else if (shared_bytes > kMostShared) {
+    snprintf(text, sizeof(text), "launch: %zu bytes of shared memory, expected %zu at most", shared_bytes, kMostShared);
   }
   if (text[0] != '\0') throw std::runtime_error(text);
 }
@@ -73,7 +71,7 @@ class SharedMemory {
   PYGEN_SIMT_UNSEEN size_t static_bytes() const { return static_bytes_; }
   PYGEN_SIMT_UNSEEN size_t dynamic_bytes() const { return dynamic_bytes_; }
   PYGEN_SIMT_UNSEEN bool over_limit() const {
-    return static_bytes_ > kMaxStaticShared || static_bytes_ + dynamic_bytes_ > kMaxShared;
+    return static_bytes_ > kMostStaticShared || static_bytes_ + dynamic_bytes_ > kMostShared;
   }
 
  private:

@@ -15,10 +15,10 @@ namespace pygen::tiles {
 
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 128;
-constexpr size_t kSharedTarget = 48 * 1024;  // a tile above this leaves too few blocks on a multiprocessor
-constexpr size_t kSharedMost = 97 * 1024;    // beside static arrays, of the 99 KiB that every GPU of a wheel grants
-constexpr int64_t kChunk = 512;              // elements of a long row that one block takes
-constexpr int kSerial = 16;                  // rows up to this width are added by one thread, longer ones by a warp
+constexpr size_t kSharedTarget = 48 * 1024;             // a tile above this leaves too few blocks on a multiprocessor
+constexpr size_t kSharedMost = kMostShared - 2 * 1024;  // beside static arrays
+constexpr int64_t kChunk = 512;                         // elements of a long row that one block takes
+constexpr int kSerial = 16;  // rows up to this width are added by one thread, longer ones by a warp
 constexpr int kVector = 4;
 constexpr int kMaxParts = 4;
 

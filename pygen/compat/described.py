@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from pygen.ops.kept import KeptResult, can_keep, probe, versions
+from pygen.ops.kept import KeptResult, can_keep, probes, versions
 from pygen.ops.masked_network import MaskedNetwork
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -29,7 +29,7 @@ class Described:
         """Drop what is kept of the weights where one was written to through `.data`, which moves no version."""
         assert self.nodes is not None
         own = self.nodes.parameters()
-        now = [probe(tensor) for tensor in own] if can_keep(own) else []
+        now = probes(own) if can_keep(own) else []
         if not now or now != self._probed:
             self.nodes.forget()
             self._probed[:] = now

@@ -71,6 +71,7 @@ class KeyValueCache:
         # The most tokens that a row can have, as far as the host knows; None where a compiled step has not told it.
         self._most: int | None = 0
         self._written = 0  # the most that any row ever had, which tells what a ring has written over
+        self._recorded = False  # whether a CUDA graph appends, of whose replays the host is not told
 
     @property
     def batch(self) -> int:
@@ -81,9 +82,7 @@ class KeyValueCache:
     def length(self) -> int:
         """Tokens of the longest row; after a crop by a tensor or a reorder, of which the host knows nothing, at most so
         many."""
-        if self._most is None:
-            self._refresh()
-        return self._most or 0
+        return self._count()
 
     @property
     def room(self) -> int:
@@ -185,6 +184,8 @@ class KeyValueCache:
         """
         if self.lengths is None:
             return
+        if (self._recorded or self.window is not None) and not self._unseen():
+            self._count()
         kept, most = self._cropped(self.lengths, lengths)
         if self.window is not None and self._written > self.room:
             self._check_crop(kept[kept < self.lengths])
@@ -197,7 +198,7 @@ class KeyValueCache:
         """Row i becomes what row index[i] was, as in beam search; index is int64 (rows,), with repeats or without."""
         if self.lengths is None:
             return
-        used = self.room if self.window is not None else self.length
+        used = self.room if self.window is not None or self._unseen() else self.length
         for i, buffer in enumerate(self._buffers):
             chosen = torch.empty((len(index), *buffer.shape[1:]), dtype=buffer.dtype, device=buffer.device)
             plain(chosen)[:, :, :used] = plain(buffer)[:, :, :used].index_select(0, index)
@@ -273,21 +274,28 @@ class KeyValueCache:
             raise
 
     def _make_room(self, block: int) -> None:
-        if self.capacity is not None and torch.compiler.is_compiling():
+        if self.capacity is not None and self._unseen():
             self._most = None  # the kernel marks a row that does not fit
             return
-        if self._most is None or (self.window is None and self._most + block > self.room):
-            self._refresh()
-        assert self._most is not None
-        if self.window is None and self._most + block > self.room:
+        most = self._count()
+        if self.window is None and most + block > self.room:
+            most = self._refresh()  # the longest row may have been cropped or left out
+        if self.window is None and most + block > self.room:
             if self.capacity is not None:
                 raise ValueError(
-                    f"key has {block} tokens behind {self._most}, but expected at most {self.capacity} in all, the "
-                    "capacity of the cache"
+                    f"key has {block} tokens behind {most}, but expected at most {self.capacity} in all, the capacity "
+                    "of the cache"
                 )
-            self._grow(max(2 * self.room, self._most + block))
-        self._most += block
+            self._grow(max(2 * self.room, most + block))
+        self._most = most + block
         self._written = max(self._written, self._most)
+
+    def _unseen(self) -> bool:
+        """Whether the host cannot look at the lengths: a step is being compiled, or recorded in a CUDA graph."""
+        if _is_recording(self.lengths):
+            self._recorded = True
+            return True
+        return torch.compiler.is_compiling()
 
     def _grow(self, room: int) -> None:
         for i, buffer in enumerate(self._buffers):
@@ -296,9 +304,14 @@ class KeyValueCache:
             grown[:, :, : self._most] = buffer[:, :, : self._most]
             self._buffers[i] = grown
 
-    def _refresh(self) -> None:
+    def _count(self) -> int:
+        """The most tokens that a row can have; asked of the device where the host did not count them."""
+        return self._refresh() if self._most is None or self._recorded else self._most
+
+    def _refresh(self) -> int:
         self._most = 0 if self.lengths is None or not self.batch else int(self.lengths.max())
         self._written = max(self._written, self._most)
+        return self._most
 
     def _parts(self, block: int, causal: bool) -> list[slice]:
         """What goes in at once: with a window no more than the ring has beside what the first token sees."""
@@ -369,6 +382,11 @@ def storage_dtype(storage: Storage | None) -> torch.dtype | None:
     if dtype is not None and dtype not in (*CODES.values(), *floating):
         raise ValueError(f"storage is {storage!r}, but expected 'int8', 'fp8' or a dtype that keys can have")
     return dtype
+
+
+def _is_recording(lengths: Tensor | None) -> bool:
+    """Whether a CUDA graph records what is done to these."""
+    return lengths is not None and lengths.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def plain(x: Tensor) -> Tensor:

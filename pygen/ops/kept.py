@@ -49,7 +49,7 @@ class Kept(Generic[Value]):
         graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         if graph or not can_keep(tensors, self._devices):
             return make()
-        key = (versions(tensors), *map(probe, tensors))
+        key = (versions(tensors), *probes(tensors))
         return self._results.setdefault(layer, KeptResult()).get(key, tensors, make)
 
     def get_of_buffers(self, layer: nn.Module, tensors: Sequence[Tensor], make: Callable[[], Value]) -> Value:
@@ -69,9 +69,16 @@ def versions(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     return tuple((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.shape) for t in tensors)
 
 
-def probe(tensor: Tensor) -> float:
-    """The sum of a few elements. Writing through `.data`, as averaging of weights often does, does not move a tensor's
-    version: this tells of it."""
+def probes(tensors: Sequence[Tensor]) -> list[float]:
+    """The sums of a few elements of each. Writing through `.data`, as averaging of weights often does, does not move a
+    tensor's version: these tell of it. A device is waited for once."""
+    sums = [_sum_of_some(tensor) for tensor in tensors]
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        return list(map(float, sums))
+    return torch.stack([each.double().to(sums[0].device) for each in sums]).tolist()
+
+
+def _sum_of_some(tensor: Tensor) -> Tensor:
     flat = tensor.detach().flatten()
     # An odd stride does not stay in one column of a matrix, which could be one that is always zero.
-    return float(flat[:: (len(flat) // _PROBED) | 1].sum())
+    return flat[:: (len(flat) // _PROBED) | 1].sum()

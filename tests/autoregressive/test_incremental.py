@@ -413,6 +413,25 @@ def test_a_parameter_that_is_not_finite_is_named(verify: bool) -> None:
         incremental(model, (1, 4, 5), levels=3, verify=verify)
 
 
+def test_a_network_is_followed_in_whole_float32_and_what_was_set_is_again() -> None:
+    model = MaskedConv2d("A", 1, 3, 3, padding=1)
+    cudnn: Any = torch.backends.cudnn
+    seen = []
+
+    def forward(x: Tensor) -> Tensor:
+        seen.append((cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision))
+        return model(x)  # type: ignore[no-any-return]
+
+    before = cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        incremental(model, (1, 4, 4), levels=3, forward=forward)
+        assert (cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == (before[0], True)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before[1]
+    assert set(seen) == {("ieee", "ieee")}
+
+
 def test_refuses_a_network_in_16_bits() -> None:
     with pytest.raises(ConversionError, match="parameters are torch.bfloat16, but expected float32 or float64"):
         incremental(MaskedConv2d("A", 1, 3, 3, padding=1).bfloat16(), (1, 4, 4), levels=3)

@@ -292,3 +292,58 @@ def test_length_is_that_of_the_longest_row_that_is_left():
     assert cache.length == 3
     cache.select(torch.tensor([1]))
     assert cache.length == 2
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(None, 0), (8, 2)])
+def test_what_a_graph_appends_again_and_again_is_there(window, sinks, monkeypatch):
+    cache = KeyValueCache(24, window=window, sinks=sinks)
+    query, key, value = tokens(2, 15)
+    cache.append(key[:, :, :1], value[:, :, :1])
+    with monkeypatch.context() as recording:
+        recording.setattr("pygen.nn.cache._is_recording", lambda _: True)
+        cache.append_and_attend(*(x[:, :, 1:2] for x in (query, key, value)))
+    buffers, lengths = cache._buffers, cache.lengths
+    for i in range(2, 11):  # what replays do, of which the host sees nothing
+        one = [x[:, :, i : i + 1] for x in (query, key, value)]
+        ops.attend_cached(*one, *buffers, lengths, window=window, sinks=sinks)
+    kept = torch.arange(11) if window is None else torch.tensor([0, 1, *range(3, 11)])
+    assert cache.length == 11
+    assert torch.equal(cache.keys, key[:, :, kept])
+    ops.attend_cached(*(x[:, :, 11:12] for x in (query, key, value)), *buffers, lengths, window=window, sinks=sinks)
+    cache.reorder(torch.tensor([1, 0]))
+    assert torch.equal(cache.values[:, :, -1], value[[1, 0], :, 11])
+    assert torch.equal(cache.keys[:, :, 0], key[[1, 0], :, 0])
+    if window is None:
+        cache.crop(11)
+        assert cache.length == 11
+        with pytest.raises(ValueError, match="key has 15 tokens behind 11"):
+            cache.append(key, value)
+    else:
+        for _ in range(3):
+            ops.append_cached(key, value, *cache._buffers, cache.lengths, window=window, sinks=sinks)
+        with pytest.raises(ValueError, match="were written over"):
+            cache.crop(30)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_a_graph_replays_the_step_that_it_recorded(window, backend, device):
+    if device.type != "cuda":
+        pytest.skip("only CUDA has graphs")
+    caches = KeyValueCache(32, window=window), KeyValueCache(32, window=window)
+    steps = [tuple(x.to(device) for x in tokens(2, 1)) for _ in range(12)]
+    fixed = tuple(torch.empty_like(x) for x in steps[0])
+    for cache in caches:
+        cache.allocate(2, 2, 8, dtype=torch.float32, device=device)
+    caches[0].append_and_attend(*(x.zero_() for x in fixed))  # what is loaded at the first launch cannot be recorded
+    caches[0].reset()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = caches[0].append_and_attend(*fixed)
+    caches[0].reset()
+    for new in steps:
+        for to, x in zip(fixed, new, strict=True):
+            to.copy_(x)
+        graph.replay()
+        torch.testing.assert_close(out, caches[1].append_and_attend(*new))
+    assert caches[0].length == 12
+    assert torch.equal(caches[0].keys, caches[1].keys)

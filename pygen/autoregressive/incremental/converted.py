@@ -210,7 +210,7 @@ class Incremental:
         state = torch.zeros(n, self.program.state, dtype=self.dtype, device=self.device)
         conditions = self.condition(condition, n)
         cuts = [0, self.length]
-        if progress is not None:
+        if progress is not None or self.device.type == "cuda":  # where a launch of seconds would be in others' way
             part = max(self.geometry.row if self.geometry.height > 1 else 0, -(-self.length // 100))
             cuts = [*range(0, self.length, part), self.length]
         found = []

@@ -226,15 +226,23 @@ class Tracer(TorchDispatchMode):
 
 @contextlib.contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in evaluation mode, gradients are off and attention is written out."""
+    """Inside, the model is in evaluation mode, gradients are off, attention is written out, and float32 is not rounded
+    to TF32, as it is by default in convolutions on a GPU."""
     training = {module: module.training for module in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
+    cudnn: Any = torch.backends.cudnn
+    precise = [cudnn.conv, torch.backends.cuda.matmul]
+    precisions = [each.fp32_precision for each in precise]
     model.eval()
     torch.backends.mha.set_fastpath_enabled(False)
+    for each in precise:
+        each.fp32_precision = "ieee"
     try:
         with torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
+        for each, precision in zip(precise, precisions, strict=True):
+            each.fp32_precision = precision
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, was in training.items():
             module.training = was

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pygen.compat.transformers.swapped import Swapped, swapped
-from pygen.ops.kept import KeptResult, can_keep, probe, versions
+from pygen.ops.kept import KeptResult, can_keep, probes, versions
 
 KEPT, IN_USE = "_pygen_kept", "_pygen_packed"  # a layer's packed weight, and the same where it can be relied on
 BY_DEFAULT = 2**30  # bytes of weights in all that are packed without being asked for
@@ -60,7 +60,7 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
     for layer in layers:
         own, weight = vars(layer), layer.weight
         if weight.dtype == torch.float32 and can_keep([weight]):
-            key = (*versions([weight]), probe(weight))
+            key = (*versions([weight]), *probes([weight]))
             own[IN_USE] = own.setdefault(KEPT, KeptResult()).get(key, [weight], lambda weight=weight: _pack(weight))
     try:
         yield
