@@ -36,23 +36,26 @@ PYGEN_INLINE T bounded_log_scale(T log_scale) {
   return scalar::at_least(scalar::at_most(log_scale, T(kHighestLogScale)), T(kLowestLogScale));
 }
 
-// e^x, or e^x - 1 to rounding however small x is, for x in [-87, 88], where 2^n is one normal number: as scalar::exp,
-// without the care that it takes outside.
-template <bool kMinusOne>
-PYGEN_INLINE float normal_exp(float x) {
+// e^x and e^x - 1, each to rounding, for x in [-87, 88], where 2^n is one normal number: as scalar::exp, without the
+// care that it takes outside.
+template <class T>
+struct Exponentials {
+  T whole, minus_one;
+};
+PYGEN_INLINE Exponentials<float> exponentials(float x) {
   const scalar::PowerOfE power = scalar::power_of_e(x);
   const float scale = scalar::power_of_2(power.n);
-  return scale * power.rest + (kMinusOne ? scale - 1.0f : scale);
+  return {scale * power.rest + scale, scale * power.rest + (scale - 1.0f)};
 }
-template <bool kMinusOne>
-PYGEN_INLINE double normal_exp(double x) {
-  return kMinusOne ? ::expm1(x) : ::exp(x);
-}
+PYGEN_INLINE Exponentials<double> exponentials(double x) { return {::exp(x), ::expm1(x)}; }
+
+PYGEN_INLINE float normal_exp(float x) { return exponentials(x).whole; }
+PYGEN_INLINE double normal_exp(double x) { return ::exp(x); }
 
 // tanh x = (1 - e^{-2|x|}) / (1 + e^{-2|x|}) with the sign of x, of the coefficients.
 template <class T>
 PYGEN_INLINE T squash(T x) {
-  const T e = normal_exp<true>(T(-2) * scalar::at_most(scalar::abs(x), T(43)));
+  const T e = exponentials(T(-2) * scalar::at_most(scalar::abs(x), T(43))).minus_one;
   return scalar::with_sign_of(-e / (T(2) + e), x);
 }
 
@@ -69,17 +72,18 @@ template <bool kGradient, class T>
 PYGEN_INLINE Interval<T> interval(T x, T mean, T log_scale, T half) {
   using scalar::pick;
   constexpr T kFar = T(1e30);  // an infinite end
-  const T inverse_scale = normal_exp<false>(-bounded_log_scale(log_scale)), centre = x - mean;
+  const T inverse_scale = normal_exp(-bounded_log_scale(log_scale)), centre = x - mean;
   const bool lowest = x<half - T(1), highest = x> T(1) - half;
   const T upper = (centre + half) * inverse_scale, lower = (centre - half) * inverse_scale;
   const T a = pick(highest, kFar, upper), b = pick(lowest, -kFar, lower);
-  const T width = T(2) * half * inverse_scale, inner_width = pick(lowest | highest, T(87), width);
-  const T minus_mass = normal_exp<true>(-scalar::at_most(inner_width, T(87)));
-  const T mass = -minus_mass, q = T(1) + minus_mass;  // 1 - e^{-(a-b)} and e^{-(a-b)}, 1 and 0 at the ends
+  const bool end = lowest | highest;
+  const T width = T(2) * half * inverse_scale, inner_width = pick(end, T(87), width);
+  const Exponentials<T> of_width = exponentials(-scalar::at_most(inner_width, T(87)));
+  const T mass = -of_width.minus_one, q = pick(end, T(0), of_width.whole);  // 1 - e^{-(a-b)} and e^{-(a-b)}
   const bool a_is_nearer = scalar::abs(a) < scalar::abs(b), between = (a > T(0)) & (b < T(0));
   // Cut off where E is nothing beside 1, and q nothing beside it.
   const T nearer = scalar::at_most(scalar::abs(a), scalar::abs(b));
-  const T decay_nearer = normal_exp<false>(-scalar::at_most(nearer, T(30)));
+  const T decay_nearer = normal_exp(-scalar::at_most(nearer, T(30)));
   const T s = pick(between, decay_nearer, T(1)), t = pick(between, q, decay_nearer * q);
   const T one_nearer = T(1) + decay_nearer, one_other = s + t;
   const T far = scalar::at_most(a, T(0)) + scalar::at_most(-b, T(0));

@@ -143,6 +143,15 @@ def test_tails_are_exact(backend, device):
                 )  # fmt: skip
 
 
+@pytest.mark.parametrize("levels", [2, 3, 5, 17])
+def test_levels_that_are_much_wider_than_a_logistic(backend, device, levels):
+    """Almost all of the mass is in one level: what little is outside is not lost in rounding."""
+    mean, log_scale = torch.meshgrid(torch.linspace(-1.2, 1.2, 25), torch.linspace(-7, -1, 13), indexing="ij")
+    parameters = torch.stack([torch.zeros(mean.numel()), mean.flatten(), log_scale.flatten()], 1)
+    for value in grid(levels):
+        check(value.expand(len(parameters), 1).to(device), parameters.to(device), levels=levels)
+
+
 def test_gradients(backend, device):
     x = (pictures(2, 3, 2, levels=7).double() + 0.02 * torch.randn(2, 3, 2)).to(device).requires_grad_()
     parameters = proposed(2, 3, 2, 2, spread=0.5).double().to(device).requires_grad_()
