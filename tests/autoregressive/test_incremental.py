@@ -489,7 +489,7 @@ def test_verification_sees_a_network_that_is_another_one_each_time() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             self.calls += 1
-            return self.net(x) * self.calls
+            return self.net(x) * (1 if self.calls <= 2 else 2)
 
     with pytest.raises(ConversionError, match="the converted network's outputs differ"):
         incremental(Growing().eval(), (1, 5, 5), levels=1)

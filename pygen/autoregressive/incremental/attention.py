@@ -6,6 +6,7 @@ What lies between the two products is followed as `Scores` and `Weights`, whose 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -22,18 +23,10 @@ from pygen.autoregressive.incremental.tracing import Tracer, Value, View, lowers
 _EXCLUDED = -1000.0
 
 
-def _same_places(shape: tuple[int, ...], function: Any, args: Any, kwargs: Any) -> tuple[int, ...]:
-    """The shape after an operation that has to leave scores where they are."""
-    numbers = torch.arange(math.prod(shape)).view(shape)
-    out = function(numbers, *args, **kwargs)
-    if not isinstance(out, Tensor) or out.shape[-2:] != shape[-2:] or not torch.equal(out.flatten(), numbers.flatten()):
-        raise ConversionError("it takes the scores of attention apart")
-    return tuple(out.shape)
-
-
-def _matrix(value: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _matrix(value: Tensor, scores: Scores) -> Tensor:
     """A constant beside scores as (queries, keys)."""
-    whole = value.detach().cpu().expand(shape).reshape(-1, *shape[-2:])
+    laid_out = value.detach().cpu().expand(scores.shape).reshape([scores.sizes[axis] for axis in scores.layout])
+    whole = laid_out.permute([scores.layout.index(axis) for axis in range(3)])
     if not (whole == whole[:1]).all():
         raise ConversionError("heads that attend by different masks are not supported")
     return whole[0]
@@ -41,20 +34,44 @@ def _matrix(value: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scores:
-    """scale q k^T where `allowed`: query and key identities (heads, queries, size) and (heads, keys, size).
+    """scale q k^T where `allowed`: queries (heads, queries, size) and keys (heads, keys, size).
 
     unmasked: queries whose keys were all pushed down by a finite number, so that they see all of them alike.
+    zeroed: scores that were multiplied by zero, which only those that are not allowed may be.
+    shape: what the network makes of (heads, queries, keys), in the order of `layout`.
     """
 
-    query: Tensor
-    key: Tensor
+    query: View
+    key: View
     shape: tuple[int, ...]
     allowed: Tensor
     unmasked: Tensor
+    zeroed: Tensor
     scale: float = 1.0
+    layout: tuple[int, ...] = (0, 1, 2)
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Heads, queries, keys."""
+        queries, keys = self.allowed.shape
+        return self.query.ids.shape[0], queries, keys
+
+    def is_keys(self, dim: int) -> bool:
+        """Whether a dimension is that of the keys."""
+        behind = math.prod(self.sizes[axis] for axis in self.layout[self.layout.index(2) :])
+        return self.shape[dim] == self.sizes[2] and math.prod(self.shape[dim:]) == behind
 
     def reshaped(self, function: Any, *args: Any, **kwargs: Any) -> Scores:
-        return dataclasses.replace(self, shape=_same_places(self.shape, function, args, kwargs))
+        """Heads, queries and keys may change places, and dimensions of one come and go."""
+        numbers = torch.arange(math.prod(self.shape)).view(self.shape)
+        out = function(numbers, *args, **kwargs)
+        if isinstance(out, Tensor) and out.numel() == numbers.numel():
+            laid_out = numbers.view([self.sizes[axis] for axis in self.layout])
+            for order in itertools.permutations(range(3)):
+                if torch.equal(laid_out.permute(order).flatten(), out.flatten()):
+                    layout = tuple(self.layout[i] for i in order)
+                    return dataclasses.replace(self, shape=tuple(out.shape), layout=layout)
+        raise ConversionError("it takes the scores of attention apart")
 
     def scaled(self, factor: float, shift: float) -> Scores:
         return dataclasses.replace(self, scale=self.scale * factor)  # a shift of all changes no weight
@@ -62,21 +79,24 @@ class Scores:
     def filled(self, mask: Tensor, number: float) -> Scores:
         if number > _EXCLUDED:
             raise ConversionError(f"masked scores become {number}, but expected -inf or at most {_EXCLUDED}")
-        allowed = self.allowed & ~_matrix(mask, self.shape)
+        allowed = self.allowed & ~_matrix(mask, self)
         unmasked = self.unmasked | ~allowed.any(1) if math.isfinite(number) else self.unmasked
         return dataclasses.replace(self, allowed=allowed, unmasked=unmasked)
 
     def masked(self, bias: Tensor, sign: float) -> Scores:
-        if not isinstance(bias, Tensor) or sign < 0:
+        if not isinstance(bias, Tensor):
             raise ConversionError("something that is no constant is added to the scores of attention")
-        matrix = _matrix(bias, self.shape)
+        matrix = sign * _matrix(bias, self)
         excluded = matrix <= _EXCLUDED
         if (matrix[~excluded] != 0).any():
             raise ConversionError("a bias other than a mask is added to the scores of attention")
         return self.filled(excluded, -math.inf if not matrix[excluded].isfinite().any() else _EXCLUDED)
 
     def weighed(self, factor: Any) -> Scores:
-        raise ConversionError("scores of attention are multiplied with a tensor")
+        matrix = _matrix(factor, self) if isinstance(factor, Tensor) else None
+        if matrix is None or ((matrix != 0) & (matrix != 1)).any():
+            raise ConversionError("scores of attention are multiplied with a tensor of other numbers than 0 and 1")
+        return dataclasses.replace(self, zeroed=self.zeroed | (matrix == 0))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,7 +129,7 @@ class Weights:
         """Rows may be switched off, not parts of them."""
         if not isinstance(factor, Tensor):
             raise ConversionError("weights of attention are multiplied with something that is no constant")
-        matrix = _matrix(factor, self.shape)
+        matrix = _matrix(factor, self.scores)
         allowed, kept = self.scores.allowed, matrix != 0
         off = ~(kept & allowed).any(1)
         changed = allowed & (matrix != 1) & ~off[:, None]
@@ -125,15 +145,19 @@ def _bmm(tracer: Tracer, function: Any, a: Any, b: Any) -> Value:
         heads, queries, _ = a.ids.shape
         keys = b.ids.shape[2]
         allowed = torch.ones(queries, keys, dtype=torch.bool)
-        return Scores(a.ids, b.ids.transpose(1, 2), (heads, queries, keys), allowed, torch.zeros(queries) > 0)
-    if isinstance(a, Weights) and isinstance(b, View):
-        return _attend(tracer, a.scores, b.ids)
+        (key,) = b.moved(lambda each: each.transpose(1, 2))
+        return Scores(a, key, (heads, queries, keys), allowed, torch.zeros(queries) > 0, ~allowed)
+    if isinstance(a, Weights) and isinstance(b, View) and a.scores.layout == (0, 1, 2):
+        return _attend(tracer, a.scores, b)
+    if isinstance(a, View) and isinstance(b, Weights) and b.scores.layout == (0, 2, 1):
+        (value,) = a.moved(lambda each: each.transpose(1, 2))
+        return _attend(tracer, b.scores, value).moved(lambda each: each.transpose(1, 2))[0]
     if isinstance(a, View) and isinstance(b, Tensor) and len(b) == 1:
-        product = site_product(tracer, View(tracer.network, a.ids[0]), 1, b[0].detach().cpu().T, None)
-        return View(tracer.network, product.ids[None])
+        product = site_product(tracer, a.moved(lambda each: each[0])[0], 1, b[0].detach().cpu().T, None)
+        return product.moved(lambda each: each[None])[0]
     if isinstance(b, View) and isinstance(a, Tensor) and len(a) == 1:
-        product = site_product(tracer, View(tracer.network, b.ids[0]), 0, a[0].detach().cpu(), None)
-        return View(tracer.network, product.ids[None])
+        product = site_product(tracer, b.moved(lambda each: each[0])[0], 0, a[0].detach().cpu(), None)
+        return product.moved(lambda each: each[None])[0]
     raise ConversionError("a product of this kind is not supported")
 
 
@@ -149,8 +173,10 @@ def _baddbmm(tracer: Tracer, function: Any, bias: Any, a: Any, b: Any, beta: flo
 def _softmax(tracer: Tracer, function: Any, x: Any, dim: int, *args: Any) -> Value:
     if not isinstance(x, Scores):
         raise ConversionError("a softmax is supported over the scores of attention alone")
-    if dim not in (-1, len(x.shape) - 1):
+    if not x.is_keys(dim):
         raise ConversionError("the softmax of attention runs over the queries")
+    if (x.zeroed & x.allowed).any():
+        raise ConversionError("scores of attention are multiplied by 0 and not masked")
     if function._schema.name == "aten::_safe_softmax":
         x = dataclasses.replace(x, unmasked=x.unmasked & False) if not x.unmasked.any() else x
     return Weights(x)
@@ -167,16 +193,18 @@ def _raster(roles: Roles, dimension: int, length: int) -> Tensor:
     """The raster place of each entry of the dimension that holds queries or keys."""
     if roles.flat is not None:
         return roles.flat
+    if length == 1:
+        return torch.zeros(1, dtype=torch.int64)
     if (roles.rows or roles.columns) != dimension or (roles.rows is not None and roles.columns is not None):
         raise NotSeparable("queries and keys of attention do not lie along one dimension")
     return torch.arange(length)
 
 
-def _attend(tracer: Tracer, scores: Scores, value: Tensor) -> View:
+def _attend(tracer: Tracer, scores: Scores, value: View) -> View:
     if scores.unmasked.any():
         first_query = int(scores.unmasked.nonzero()[0])
         raise ConversionError(f"query {first_query} is allowed no key, and so attends to all, also to what comes later")
-    views = [View(tracer.network, ids) for ids in (scores.query, scores.key, value)]
+    views = [scores.query, scores.key, value]
     places = [_raster(view.roles, 1, view.ids.shape[1]) for view in views]
     if not torch.equal(places[1], places[2]):
         raise ConversionError("keys and values of attention lie in different orders")
@@ -188,11 +216,11 @@ def _attend(tracer: Tracer, scores: Scores, value: Tensor) -> View:
         side_by_side(tracer, arrangement.to_grid(view.ids))
         for arrangement, view in zip(arrangements, views, strict=True)
     )
-    heads, width = value.shape[0], value.shape[2]
+    heads, width = value.ids.shape[0], value.ids.shape[2]
     node = Attention(query, key, values, heads, scores.scale, first, last)
     height, columns = arrangements[0].grid[1:]
     field = tracer.network.add(node, heads * width, height, columns)
-    shape = (heads, scores.query.shape[1], width)
+    shape = (heads, scores.query.ids.shape[1], width)
     roles = arrangements[0].roles
     return View(tracer.network, type(arrangements[0])(shape, roles).from_grid(field.ids()), roles)
 

@@ -6,8 +6,10 @@ these are drawn, and kept while it is read: sampling then costs one pass. (Ramac
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+import threading
 from collections.abc import Callable
 
 import torch
@@ -21,6 +23,8 @@ from pygen.autoregressive.incremental.fields import ConversionError, NotSeparabl
 from pygen.autoregressive.incremental.fusion import fuse
 from pygen.autoregressive.incremental.schedule import Draw, Geometry, Schedule
 from pygen.autoregressive.incremental.tracing import Traced, evaluation, trace
+
+_lock = threading.RLock()
 
 
 def incremental(
@@ -93,14 +97,14 @@ def incremental(
     own = values if values.dtype == torch.int64 else values.to(dtype)
     example = own.to(parameter.device)[torch.arange(picture.length, device=parameter.device) % levels]
 
-    def follow(geometry: Geometry) -> tuple[Traced, list[Draw]]:
+    def follow(geometry: Geometry) -> tuple[Traced, list[Draw], bool]:
         places = torch.arange(picture.length).view(channels, height, width)
         if geometry is not picture:
             places = places.permute(1, 2, 0).reshape(1, 1, -1)
         traced = trace(model, call, example.reshape(1, *shape), condition, places)
-        return traced, _draws(traced, picture, geometry, levels, logistics)
+        return traced, *_draws(traced, picture, geometry, levels, logistics)
 
-    def follow_either() -> tuple[Geometry, Traced, list[Draw]]:
+    def follow_either() -> tuple[Geometry, Traced, list[Draw], bool]:
         try:
             return picture, *follow(picture)
         except NotSeparable as error:
@@ -111,28 +115,42 @@ def incremental(
             except NotSeparable:
                 raise error from None
 
-    try:
-        geometry, traced, draws = follow_either()
-        fields = fuse(traced.network.fields, [draw.source for draw in draws])
-        encoded = Encoder(Schedule(fields, draws, geometry), len(draws[0].source.channels), dtype).encode()
-        converted = Incremental(
-            encoded, traced.tape, tuple(shape), picture, values,
-            None if condition is None else tuple(condition.shape[1:]), levels if logistics else 0,
-            parameter.device, parameter.device if device is None else torch.device(device), dtype,
-        )  # fmt: skip
-        if verify:
-            _verify(model, call, converted, condition)
-    except ConversionError as error:
-        broken = [name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())]
-        if broken:
-            raise ConversionError(f"{broken[0]} is not finite, and what a mask multiplies by 0 is NaN") from error
-        raise
+    # What a network keeps, and what PyTorch is told while it is followed, is the process's: one at a time.
+    with _lock:
+        try:
+            geometry, traced, draws, levels_first = follow_either()
+            fields = fuse(traced.network.fields, [draw.source for draw in draws])
+            encoded = Encoder(Schedule(fields, draws, geometry), len(draws[0].source.channels), dtype).encode()
+            converted = Incremental(
+                encoded, traced.tape, tuple(shape), picture, values,
+                None if condition is None else tuple(condition.shape[1:]), levels if logistics else 0,
+                parameter.device, parameter.device if device is None else torch.device(device), dtype,
+            )  # fmt: skip
+            if verify:
+                _verify(model, call, converted, condition, levels_first)
+        except ConversionError as error:
+            broken = [name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())]
+            if broken:
+                raise ConversionError(f"{broken[0]} is not finite, and what a mask multiplies by 0 is NaN") from error
+            raise
     return converted
 
 
-def _draws(traced: Traced, picture: Geometry, geometry: Geometry, levels: int, logistics: bool) -> list[Draw]:
-    """Where the outputs for each channel of the sample are read."""
-    ids = _by_element(traced.output.ids, picture, levels, logistics)
+def _draws(
+    traced: Traced, picture: Geometry, geometry: Geometry, levels: int, logistics: bool
+) -> tuple[list[Draw], bool]:
+    """Where the outputs for each channel of the sample are read; and whether, of a sequence with as many levels as
+    elements, levels come first."""
+    if tuple(traced.output.ids.shape) == (1, picture.length, picture.length) and levels == picture.length:
+        with contextlib.suppress(NotSeparable):
+            return _draws_of(traced, picture, geometry, levels, logistics, True), True
+    return _draws_of(traced, picture, geometry, levels, logistics, False), False
+
+
+def _draws_of(
+    traced: Traced, picture: Geometry, geometry: Geometry, levels: int, logistics: bool, levels_first: bool
+) -> list[Draw]:
+    ids = _by_element(traced.output.ids, picture, levels, logistics, levels_first)
     grid = ids.view(geometry.height, geometry.width, geometry.channels, -1).permute(2, 3, 0, 1)
     draws = []
     for channel, outputs in enumerate(grid):
@@ -144,7 +162,7 @@ def _draws(traced: Traced, picture: Geometry, geometry: Geometry, levels: int, l
     return draws
 
 
-def _by_element(ids: Tensor, picture: Geometry, levels: int, logistics: bool) -> Tensor:
+def _by_element(ids: Tensor, picture: Geometry, levels: int, logistics: bool, levels_first: bool = False) -> Tensor:
     """Outputs of every element in the order of the elements: (elements, outputs)."""
     channels, height, width = picture.channels, picture.height, picture.width
     shape, sites = tuple(ids.shape), height * width
@@ -158,7 +176,7 @@ def _by_element(ids: Tensor, picture: Geometry, levels: int, logistics: bool) ->
             return flat.T[:, None].expand(sites, channels, -1).reshape(picture.length, -1)
         expected = f"(1, {per_mixture} * mixtures, height, width)"
     elif shape == (1, picture.length, levels):
-        return ids[0]
+        return ids[0].T if levels_first else ids[0]
     elif len(shape) >= 3 and shape[0] == 1 and math.prod(shape) == picture.length * levels:
         if shape[1] == channels * levels or shape[1:3] == (channels, levels):
             return ids.reshape(channels, levels, sites).permute(2, 0, 1).reshape(picture.length, levels)
@@ -171,7 +189,9 @@ def _by_element(ids: Tensor, picture: Geometry, levels: int, logistics: bool) ->
 
 
 @torch.no_grad()
-def _verify(model: nn.Module, call: Callable[..., Tensor], converted: Incremental, condition: Tensor | None) -> None:
+def _verify(
+    model: nn.Module, call: Callable[..., Tensor], converted: Incremental, condition: Tensor | None, levels_first: bool
+) -> None:
     """ConversionError unless the outputs are the network's own, and those before a change do not change."""
     length = converted.length
     generator = torch.Generator().manual_seed(0)
@@ -181,27 +201,65 @@ def _verify(model: nn.Module, call: Callable[..., Tensor], converted: Incrementa
     changed = [torch.where(torch.arange(length) < cut, tokens, other) for cut in cuts]
     rows = torch.stack([tokens, *changed])
     conditions = None if condition is None else condition.expand(len(rows), *condition.shape[1:])
+    # One by one, as a network may have kept something of the size of its first batch.
     with evaluation(model):
         x = converted.pictures(rows).to(converted.traced_on)
-        outputs = call(x) if conditions is None else call(x, conditions)
+        outputs = torch.cat([
+            call(x[i : i + 1]) if conditions is None else call(x[i : i + 1], conditions[i : i + 1])
+            for i in range(len(rows))
+        ])  # fmt: skip
+        another = None if condition is None else _another(call, x[:1], condition)
+        if another is not None and conditions is not None:
+            rows, conditions = torch.cat((rows, rows[:1])), torch.cat((conditions, another[0]))
+            outputs = torch.cat((outputs, another[1]))
     logistics = converted.logistics > 0
     expected = torch.stack([
-        _by_element(output[None], converted.geometry, converted.levels, logistics) for output in outputs.cpu()
+        _by_element(output[None], converted.geometry, converted.levels, logistics, levels_first)
+        for output in outputs.cpu()
     ]).to(converted.dtype)  # fmt: skip
     tolerance = 1e-5 * max(1.0, float(expected.nan_to_num(0, 0, 0).abs().max()))
-    for cut, row in zip(cuts, expected[1:], strict=True):
-        moved = (row[: cut + 1] - expected[0, : cut + 1]).abs().amax(1) > tolerance
+    for cut, row in zip(cuts, expected[1:], strict=False):
+        moved = _difference(row[: cut + 1], expected[0, : cut + 1]).amax(1) > tolerance
         if moved.any():
             raise ConversionError(
                 f"the network is not causal: its outputs for element {int(moved.nonzero()[0])} change with the "
                 f"elements from {cut} on"
             )
-    found = converted.logits(rows, condition=conditions).cpu()
-    worst = (found - expected).abs().amax((0, 2))
+    try:
+        found = converted.logits(rows, condition=conditions).cpu()
+    except (IndexError, RuntimeError) as error:
+        raise ConversionError(
+            "the converted network fails under another condition: the network computes something that depends on the "
+            "values of its condition"
+        ) from error
+    worst = _difference(found, expected).amax(2)
     bad = ~(worst <= tolerance)
     if bad.any():
-        element = int(bad.nonzero()[0])
+        element, other_condition = int(bad.any(0).nonzero()[0]), not bad[:3].any()
         raise ConversionError(
             f"the converted network's outputs differ from the network's by {float(worst.max()):.2g}, first for element "
-            f"{element}: it computes something that depends on the values of its input"
+            f"{element}{' under another condition' if other_condition else ''}: it computes something that depends on "
+            f"the values of its {'condition' if other_condition else 'input, or rounds to a narrower dtype'}"
         )
+
+
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    """|a - b|, where equal infinities do not differ, as the logits of a forbidden level."""
+    return torch.where(a == b, 0.0, (a - b).abs())
+
+
+def _another(call: Callable[..., Tensor], x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor] | None:
+    """A condition other than the example, and the outputs under it; None where the network takes no other that can be
+    guessed."""
+    if condition.is_floating_point():
+        other = condition + 1
+    elif (condition != 0).any():
+        other = torch.zeros_like(condition)
+    elif condition.dtype == torch.int64 and condition.device.type == "cpu":
+        other = condition + 1  # which, on a GPU, must not be beyond the end of a table
+    else:
+        return None
+    try:
+        return other, call(x, other)
+    except (IndexError, RuntimeError):
+        return None

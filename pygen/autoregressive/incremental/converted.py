@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,10 +11,9 @@ from torch import Tensor
 from pygen.autoregressive.incremental.encoding import Encoded
 from pygen.autoregressive.incremental.schedule import Geometry
 from pygen.autoregressive.incremental.tracing import Tape
+from pygen.autoregressive.progress import Progress, Target
 from pygen.autoregressive.state import State
 from pygen.ops.incremental import incremental_advance
-
-Progress = Callable[[int, int], None]
 
 _MOST_CONDITIONS = 1024  # whose results are kept
 _BETWEEN_MARKS, _MOST_MARKS = 8, 4  # a mark costs about as much as a step of a network whose activations it copies
@@ -60,7 +58,7 @@ class Incremental:
         return values[levels].reshape(-1, *self.shape)
 
     def tokens(self, x: Tensor) -> Tensor:
-        """The tokens (n, length) of the nearest values to x (n, *shape)."""
+        """The tokens (n, length) of the nearest values to x (n, *shape); -1 for NaN."""
         if tuple(x.shape[1:]) != self.shape:
             expected = ", ".join(map(str, self.shape))
             raise ValueError(f"x has shape {tuple(x.shape)}, but expected (n, {expected})")
@@ -69,7 +67,7 @@ class Incremental:
         order = self.values.argsort()
         ascending = self.values[order].to(flat.dtype)
         middles = (ascending[1:] + ascending[:-1]) / 2
-        return order[torch.bucketize(flat.contiguous(), middles)]
+        return order[torch.bucketize(flat.contiguous(), middles)].where(~flat.isnan(), -1)
 
     def sample(
         self,
@@ -78,17 +76,19 @@ class Incremental:
         ids: Tensor | None = None,
         condition: Tensor | None = None,
         seed: int | Tensor = 0,
-        progress: Progress | None = None,
+        progress: Target = False,
         **filters: Any,
     ) -> tuple[Tensor, Tensor]:
         """Draw n samples: x (n, *shape), and log P of each in nats, (n,).
 
         ids: int64 (n,), whose draws these are; 0 .. n - 1 if None. condition: (n, ...).
         filters: temperature, top_k, top_p, min_p, typical_p and ties, as in `ops.sample_logits`.
-        progress: called with the number of elements drawn so far, and of all.
+        progress: True for a line on stderr, or a function called with how many elements are drawn, of how many.
 
-        RuntimeError: the network gave something that is no distribution.
+        ValueError: n is negative, or a condition or a filter does not fit. RuntimeError: the network gave what is no
+        distribution.
         """
+        _check_count(n)
         tokens = torch.zeros(n, self.length, dtype=torch.int64, device=self.device)
         tokens, log_prob = self.fill(
             tokens, ids=ids, condition=condition, seed=seed, progress=progress, **filters
@@ -99,10 +99,22 @@ class Incremental:
         """Draw what is not known of x (n, *shape), each element given all before it; see `sample` for the options.
 
         known: bool, broadcastable to x; True is kept. Returns x and log P of what was drawn.
+
+        TypeError: known is not bool. ValueError: x or known has another shape, or something known is NaN.
         """
-        kept, g = known.to(self.device).expand(x.shape), self.geometry
+        tokens, g = self.tokens(x), self.geometry
+        if known.dtype != torch.bool:
+            raise TypeError(f"known has dtype {known.dtype}, but expected torch.bool")
+        try:
+            kept = known.to(self.device).expand(x.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"known has shape {tuple(known.shape)}, but expected one that broadcasts to {tuple(x.shape)}"
+            ) from None
         in_order = kept.reshape(-1, g.channels, g.height, g.width).movedim(1, -1).flatten(1)
-        tokens, log_prob = self.fill(self.tokens(x), in_order, **options)
+        if (in_order & (tokens < 0)).any():
+            raise ValueError("x has NaN where it is known, but expected numbers")
+        tokens, log_prob = self.fill(tokens.clamp_min(0), in_order, **options)
         return torch.where(kept, x.to(self.device), self.pictures(tokens)), log_prob
 
     @torch.no_grad()
@@ -114,21 +126,26 @@ class Incremental:
         ids: Tensor | None = None,
         condition: Tensor | None = None,
         seed: int | Tensor = 0,
-        progress: Progress | None = None,
+        progress: Target = False,
         **filters: Any,
     ) -> tuple[Tensor, Tensor]:
         """As `complete`, on tokens (n, length); the tokens, and log P of those drawn."""
+        self._check_tokens(tokens)
         tokens = tokens.to(self.device, copy=True).contiguous()
         n = len(tokens)
         if known is not None:
             if known.dtype != torch.bool:
                 raise TypeError(f"known has dtype {known.dtype}, but expected torch.bool")
+            if known.shape not in ((n, self.length), (1, self.length), (self.length,)):
+                raise ValueError(f"known has shape {tuple(known.shape)}, but expected ({n}, {self.length})")
             known = known.to(self.device).expand(n, self.length).contiguous()
         if ids is None:
             ids = torch.arange(n, device=self.device)
-        log_prob = self._advance(
-            tokens, condition, "draw", known, ids=ids.to(self.device), seed=seed, progress=progress, **filters
-        )[0]  # fmt: skip
+        with Progress(progress, self.length) as report:
+            log_prob = self._advance(
+                tokens, condition, "draw", known, ids=ids.to(self.device), seed=seed,
+                report=report if progress else None, **filters,
+            )[0]  # fmt: skip
         total = log_prob.double().sum(1)
         broken = (tokens < 0).any(1)
         if broken.any():
@@ -147,10 +164,12 @@ class Incremental:
     @torch.no_grad()
     def logits(self, tokens: Tensor, *, condition: Tensor | None = None) -> Tensor:
         """What each element would be drawn from, given those before it: (n, length, vocabulary)."""
+        self._check_tokens(tokens)
         return self._advance(tokens.to(self.device).contiguous(), condition, "follow", None, with_logits=True)[1]
 
     def start(self, n: int, *, condition: Tensor | None = None) -> IncrementalState:
         """A state of n samples that no token has been fed to."""
+        _check_count(n)
         return IncrementalState(self, n, self.condition(condition, n))
 
     def step(self, token: Tensor | None, state: IncrementalState) -> tuple[Tensor, IncrementalState]:
@@ -199,18 +218,16 @@ class Incremental:
 
     def _advance(
         self, tokens: Tensor, condition: Tensor | None, mode: str, known: Tensor | None, *, ids: Tensor | None = None,
-        seed: int | Tensor = 0, with_logits: bool = False, progress: Progress | None = None, **filters: Any,
+        seed: int | Tensor = 0, with_logits: bool = False, report: Progress | None = None, **filters: Any,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """All steps: log-probabilities (n, length) and logits; tokens are changed in place."""
         n = len(tokens)
-        if tokens.shape != (n, self.length):
-            raise ValueError(f"tokens has shape {tuple(tokens.shape)}, but expected (n, {self.length})")
         if ids is None:
             ids = torch.zeros(n, dtype=torch.int64, device=self.device)
         state = torch.zeros(n, self.program.state, dtype=self.dtype, device=self.device)
         conditions = self.condition(condition, n)
         cuts = [0, self.length]
-        if progress is not None or self.device.type == "cuda":  # where a launch of seconds would be in others' way
+        if report is not None or self.device.type == "cuda":  # where a launch of seconds would be in others' way
             part = max(self.geometry.row if self.geometry.height > 1 else 0, -(-self.length // 100))
             cuts = [*range(0, self.length, part), self.length]
         found = []
@@ -219,8 +236,8 @@ class Incremental:
                 state, tokens, conditions, begin, end, mode, known=known, sample_ids=ids, seed=seed,
                 with_logits=with_logits, **filters,
             ))  # fmt: skip
-            if progress is not None:
-                progress(end, self.length)
+            if report is not None:
+                report(end)
         return torch.cat([each[0] for each in found], 1), torch.cat([each[1] for each in found], 1)
 
     def advance(
@@ -232,6 +249,17 @@ class Incremental:
             state, tokens, self.weights, self.program, conditions, self.values.to(self.dtype), begin=begin, end=end,
             mode=mode, logistics=self.logistics, sample_ids=sample_ids, seed=seed, **options,
         )  # fmt: skip
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        if tokens.dtype != torch.int64:
+            raise TypeError(f"tokens has dtype {tokens.dtype}, but expected torch.int64")
+        if tokens.dim() != 2 or tokens.shape[1] != self.length:
+            raise ValueError(f"tokens has shape {tuple(tokens.shape)}, but expected (n, {self.length})")
+
+
+def _check_count(n: int) -> None:
+    if n < 0:
+        raise ValueError(f"n is {n}, but expected a number of samples that is not negative")
 
 
 def _squeezed(value: Tensor, shape: tuple[int, ...]) -> Tensor:

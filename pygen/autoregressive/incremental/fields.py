@@ -312,6 +312,17 @@ class Roles:
     flat: Tensor | None = dataclasses.field(default=None, compare=False)
     grid: tuple[int, int] | None = None  # of a flat one
 
+    def places(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Row and column of each element of a tensor of a shape."""
+        if self.flat is not None and self.grid is not None:
+            along = [(self.rows, self.flat // self.grid[1]), (self.columns, self.flat % self.grid[1])]
+        else:
+            along = [(d, torch.arange(1 if d is None else shape[d])) for d in (self.rows, self.columns)]
+        rows, columns = (
+            line.view([-1 if i == d else 1 for i in range(len(shape))]).expand(shape) for d, line in along
+        )  # fmt: skip
+        return rows, columns
+
 
 @dataclasses.dataclass(eq=False)
 class Arrangement:
@@ -365,6 +376,30 @@ def find_roles(network: Network, ids: Tensor) -> Roles:
     places = row * width + column
     if not torch.equal(places.sort().values, torch.arange(height * width)):
         raise NotSeparable("a flattened picture is cut or padded")
+    return Roles(rows[0], rows[0], places, (height, width))
+
+
+def roles_of_places(row: Tensor, column: Tensor) -> Roles | None:
+    """Roles of a tensor whose elements lie in these rows and columns; None where it has no rows, or columns, of its
+    own."""
+    found = []
+    for where in (row, column):
+        for d, stride in enumerate(where.stride()):
+            if stride == 0:
+                where = where.narrow(d, 0, min(where.shape[d], 1))
+        moves = _varying(where, torch.ones((), dtype=torch.bool)) if where.numel() else [False] * where.dim()
+        found.append([d for d, moved in enumerate(moves) if moved])
+    rows, columns = found
+    if len(rows) > 1 or len(columns) > 1:
+        return None
+    if not rows or rows != columns:
+        return Roles(rows[0] if rows else None, columns[0] if columns else None)
+    others = [d for d in range(row.dim()) if d != rows[0]]
+    row, column = (where.permute(rows[0], *others).reshape(row.shape[rows[0]], -1)[:, 0] for where in (row, column))
+    height, width = int(row.max()) + 1, int(column.max()) + 1
+    places = row * width + column
+    if not torch.equal(places.sort().values, torch.arange(height * width)):
+        return None
     return Roles(rows[0], rows[0], places, (height, width))
 
 

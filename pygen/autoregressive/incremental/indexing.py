@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from pygen.autoregressive.incremental.fields import ZERO, ConversionError, NotSeparable
+from pygen.autoregressive.incremental.fields import ZERO, Arrangement, ConversionError, NotSeparable
 from pygen.autoregressive.incremental.linear import joined
+from pygen.autoregressive.incremental.pointwise import apply
 from pygen.autoregressive.incremental.tracing import Tracer, Value, View, lowers
 
 
@@ -31,17 +32,16 @@ def _reshaped(tracer: Tracer, function: Any, x: Value, *args: Any, **kwargs: Any
 def _kept_in_shape(tracer: Tracer, function: Any, x: Value, *args: Any, **kwargs: Any) -> list[Value]:
     kwargs.pop("memory_format", None)
     # A part of a flattened picture is none; one of rows and columns stays what it is.
-    keeps_roles = isinstance(x, View) and (x.known_roles is None or x.known_roles.flat is None)
-    return _moved(tracer, function, x, *args, kwargs=kwargs, keeps_roles=keeps_roles)
+    if isinstance(x, View) and x.roles_if_any is not None and x.roles.flat is None:
+        outputs, _ = tree_flatten(function(x.ids, *args, **kwargs))
+        return [View(tracer.network, ids, x.roles) for ids in outputs]
+    return _moved(tracer, function, x, *args, kwargs=kwargs)
 
 
-def _moved(
-    tracer: Tracer, function: Any, x: Value, *args: Any, kwargs: dict[str, Any], keeps_roles: bool = False
-) -> list[Value]:
+def _moved(tracer: Tracer, function: Any, x: Value, *args: Any, kwargs: dict[str, Any]) -> list[Value]:
     if not isinstance(x, View):
         return [x.reshaped(function, *args, **kwargs)]
-    outputs, _ = tree_flatten(function(x.ids, *args, **kwargs))
-    return [View(tracer.network, ids, x.known_roles if keeps_roles else None) for ids in outputs]
+    return list(x.moved(lambda each: function(each, *args, **kwargs)))
 
 
 @lowers("_to_copy")
@@ -65,10 +65,13 @@ def _bounds(tracer: Tracer, function: Any, x: Value, **kwargs: Any) -> list[None
 
 @lowers("constant_pad_nd")
 def _pad(tracer: Tracer, function: Any, x: View, pad: list[int], value: float = 0) -> Value:
-    if value != 0:
-        raise ConversionError(f"it pads with {value}, but expected zeros")
-    roles = x.known_roles
-    return View(tracer.network, function(x.ids, pad, ZERO), None if roles is None or roles.flat is not None else roles)
+    roles = x.roles_if_any
+    if roles is not None and roles.flat is not None:
+        roles = None
+    padded = View(tracer.network, function(x.ids, pad, ZERO), roles)
+    if value == 0:
+        return padded
+    return apply(tracer, "add", [padded, function(torch.zeros(x.ids.shape), pad, float(value))])
 
 
 @lowers("cat", "stack")
@@ -86,14 +89,11 @@ def _cat(tracer: Tracer, function: Any, tensors: list[Any], dim: int = 0) -> Val
     whole = View(tracer.network, function(ids, dim), first.roles)
     filled = [each for each in ids if (each != ZERO).any()]
     if dim % first.ids.dim() in (first.roles.rows, first.roles.columns) and len(filled) > 1:
-        # Rows, or columns, of several fields: one field that is the sum of all of them, each zero where it is not.
-        arrangement = whole.arrangement()
+        # Rows, or columns, of several fields.
         parts = [
-            View(tracer.network, function([each if each is part else torch.full_like(each, ZERO) for each in ids], dim))
-            for part in filled
+            function([each if each is part else torch.full_like(each, ZERO) for each in ids], dim) for part in filled
         ]
-        source = joined(tracer.network, [arrangement.to_grid(part.ids) for part in parts])
-        return View(tracer.network, arrangement.from_grid(source.field.ids()), first.roles)
+        return _sum_of_parts(tracer, whole.arrangement(), parts)
     return whole
 
 
@@ -121,17 +121,34 @@ def _scatter(tracer: Tracer, function: Any, x: Any, source: Any, *args: Any, **k
         return View(tracer.network, source_ids.clone(), roles)
     else:
         source_ids = source.ids if isinstance(source, View) else tracer.view(source, _shape(source), roles)
-    return View(tracer.network, function(tracer.view(x, _shape(x), roles), source_ids, *args, **kwargs), roles)
+    ids = tracer.view(x, _shape(x), roles)
+    whole = View(tracer.network, function(ids, source_ids, *args, **kwargs), roles)
+    arrangement = whole.arrangement()
+    try:
+        tracer.network.decode(arrangement.to_grid(whole.ids))
+    except NotSeparable:
+        parts = [
+            function(ids, torch.full_like(source_ids, ZERO), *args, **kwargs),
+            function(torch.full_like(ids, ZERO), source_ids, *args, **kwargs),
+        ]
+        return _sum_of_parts(tracer, arrangement, parts)
+    return whole
+
+
+def _sum_of_parts(tracer: Tracer, arrangement: Arrangement, parts: list[Tensor]) -> View:
+    """Identities of one shape, of which at each place at most one is not ZERO: one field that is their sum."""
+    source = joined(tracer.network, [arrangement.to_grid(part) for part in parts])
+    return View(tracer.network, arrangement.from_grid(source.field.ids()), arrangement.roles)
 
 
 @lowers("upsample_nearest1d", "upsample_nearest2d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d")
 def _upsample(tracer: Tracer, function: Any, x: View, *args: Any, **kwargs: Any) -> Value:
     # Identities stay exact in float64 up to 2^53.
-    return View(tracer.network, function(x.ids.double(), *args, **kwargs).long(), x.known_roles)
+    return View(tracer.network, function(x.ids.double(), *args, **kwargs).long(), x.roles_if_any)
 
 
 @lowers("index_select")
 def _index_select(tracer: Tracer, function: Any, x: View, dim: int, index: Any) -> Value:
     if not isinstance(index, Tensor):
         raise ConversionError("the network looks up places that depend on the sample")
-    return View(tracer.network, function(x.ids, dim, index.cpu()), x.known_roles)
+    return x.moved(lambda each: function(each, dim, index.cpu()))[0]

@@ -22,7 +22,7 @@ from pygen.autoregressive.incremental.fields import (
     Tap,
 )
 from pygen.autoregressive.incremental.pointwise import apply
-from pygen.autoregressive.incremental.tracing import Tracer, Value, View, lowers
+from pygen.autoregressive.incremental.tracing import Tracer, Unusable, Value, View, lowers
 
 
 def constant(what: str, value: Any) -> Tensor:
@@ -163,8 +163,10 @@ def _addmm(tracer: Tracer, function: Any, bias: Any, a: Any, b: Any, beta: float
 
 @lowers("sum", "mean")
 def _sum(
-    tracer: Tracer, function: Any, x: View, dim: Any = None, keepdim: bool = False, dtype: torch.dtype | None = None
+    tracer: Tracer, function: Any, x: Value, dim: Any = None, keepdim: bool = False, dtype: torch.dtype | None = None
 ) -> Value:  # fmt: skip
+    if not isinstance(x, View):
+        return Unusable()  # as of the weights of attention that MultiheadAttention returns beside its output
     arrangement, dims = _over_channels(x, dim)
     count = arrangement.grid[0]
     weight = np.full((1, count), 1 / count if function._schema.name == "aten::mean" else 1.0)
@@ -224,12 +226,11 @@ def _layer_norm(
 ) -> list[Value]:
     arrangement, _ = _over_channels(x, list(range(-len(shape), 0)))
     count = arrangement.grid[0]
+    grid = arrangement.to_grid(x.ids)
     reads: list[Source] = []
     order: list[Array] = []
-    for channels, source in tracer.network.decode(arrangement.to_grid(x.ids)):
-        if source is None:
-            raise ConversionError("it normalizes channels that are padding")
-        reads.append(source)
+    for channels, source in tracer.network.decode(grid):
+        reads.append(joined(tracer.network, [grid[channels]]) if source is None else source)
         order.append(channels)
     places = np.concatenate(order)
     gain, offset = (

@@ -139,6 +139,26 @@ def _pow(tracer: Tracer, function: Any, x: Value, exponent: Any) -> Value:
     raise ConversionError(f"its exponent is {exponent}, but expected 2, 1/2, -1/2 or -1")
 
 
+@lowers("prelu", "_prelu_kernel")
+def _prelu(tracer: Tracer, function: Any, x: Value, slope: Any) -> Value:
+    below = apply(tracer, "neg", [apply(tracer, "relu", [apply(tracer, "neg", [x])])])
+    return apply(tracer, "add", [apply(tracer, "relu", [x]), apply(tracer, "mul", [below, slope])])
+
+
+@lowers("hardsigmoid", "hardswish")
+def _hard(tracer: Tracer, function: Any, x: Value) -> Value:
+    gate = scale(tracer, apply(tracer, "clamp", [scale(tracer, x, 1.0, 3.0)], (0.0, 6.0)), 1 / 6)
+    return apply(tracer, "mul", [x, gate]) if function._schema.name == "aten::hardswish" else gate
+
+
+@lowers("fill")
+def _fill(tracer: Tracer, function: Any, x: View, value: Any) -> Value:
+    if (number := number_of(value)) is None:
+        raise ConversionError("it fills with something that is no number")
+    shape = tuple(x.ids.shape)
+    return View(tracer.network, tracer.view(torch.full(shape, number), shape, x.roles), x.roles)
+
+
 @lowers("mish")
 def _mish(tracer: Tracer, function: Any, x: Value) -> Value:
     return apply(tracer, "mul", [x, apply(tracer, "tanh", [apply(tracer, "softplus", [x], (1.0, 20.0))])])
@@ -146,7 +166,7 @@ def _mish(tracer: Tracer, function: Any, x: Value) -> Value:
 
 @lowers("glu")
 def _glu(tracer: Tracer, function: Any, x: View, dim: int = -1) -> Value:
-    value, gate = (View(tracer.network, ids, x.known_roles) for ids in x.ids.chunk(2, dim))
+    value, gate = x.moved(lambda each: each.chunk(2, dim))
     return apply(tracer, "mul", [value, apply(tracer, "sigmoid", [gate])])
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,8 +29,10 @@ from pygen.autoregressive.incremental.fields import (
     Fixed,
     Input,
     Network,
+    NotSeparable,
     Roles,
     find_roles,
+    roles_of_places,
 )
 
 
@@ -46,8 +49,22 @@ class View:
         return self._roles
 
     @property
-    def known_roles(self) -> Roles | None:
-        return self._roles
+    def roles_if_any(self) -> Roles | None:
+        """None where no dimension can be told to be the rows, or the columns, as of a part of a flattened picture."""
+        try:
+            return self.roles
+        except NotSeparable:
+            return None
+
+    def moved(self, function: Callable[[Tensor], Any]) -> list[View]:
+        """The views that a function makes which only moves elements. Rows and columns move with them, so that those
+        that hold nothing but zeros stay rows and columns."""
+        roles = self.roles_if_any
+        outputs, _ = tree_flatten(function(self.ids))
+        if roles is None:
+            return [View(self.network, ids) for ids in outputs]
+        rows, columns = (tree_flatten(function(where))[0] for where in roles.places(tuple(self.ids.shape)))
+        return [View(self.network, *each) for each in zip(outputs, map(roles_of_places, rows, columns), strict=True)]
 
     def arrangement(self, shape: tuple[int, ...] | None = None) -> Arrangement:
         """For this view broadcast to a shape."""
@@ -91,13 +108,20 @@ class Tape:
         values: list[Any] = [condition]
         for call in self.calls:
             args, kwargs = tree_map(lambda a: values[a.number] if isinstance(a, OnTape) else a, call.arguments)
+            if call.function._schema.is_mutable:
+                args, kwargs = tree_map(lambda a: a.clone() if isinstance(a, Tensor) else a, (args, kwargs))
             values.extend(tree_flatten(call.function(*args, **kwargs))[0])
         return values
 
 
-Value = Any  # View, OnTape, or what a lowering makes of half an attention
+class Unusable:
+    """What becomes of the weights of attention beside the product with the values: it may be returned, not used."""
+
+
+Value = Any  # View, OnTape, Unusable, or what a lowering makes of half an attention
 Lowering = Callable[..., Any]
 _LOWERINGS: dict[str, Lowering] = {}
+_BOUNDS = ("aten::aminmax", "aten::min", "aten::max")
 
 
 def lowers(*names: str) -> Callable[[Lowering], Lowering]:
@@ -134,13 +158,16 @@ class Tracer(TorchDispatchMode):
     def naming(self, model: nn.Module) -> Iterator[None]:
         """Inside, refusals name the module that was running."""
         names = {module: name for name, module in model.named_modules()}
+        own = threading.get_ident()  # hooks are called for every thread
 
         def enter(module: nn.Module, _: Any) -> None:
-            name = names.get(module, "")
-            self._modules.append(f"{name} ({type(module).__name__})" if name else type(module).__name__)
+            if threading.get_ident() == own:
+                name = names.get(module, "")
+                self._modules.append(f"{name} ({type(module).__name__})" if name else type(module).__name__)
 
         def leave(module: nn.Module, *_: Any) -> None:
-            self._modules.pop()
+            if threading.get_ident() == own:
+                self._modules.pop()
 
         handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
         try:
@@ -153,6 +180,15 @@ class Tracer(TorchDispatchMode):
         where = self._modules[-1] if self._modules else "the network"
         return ConversionError(f"{where} cannot be converted: {function}: {why}")
 
+    def check_writes(self, function: Any, arguments: Any) -> None:
+        """Refuse to write what is followed into a part of a tensor that is not."""
+        for argument, given in zip(function._schema.arguments, arguments, strict=False):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if not written or not isinstance(given, Tensor) or self._values.get(given) is not None:
+                continue
+            if given.untyped_storage().nbytes() != given.nbytes:
+                raise self.refuse(function, "it writes the sample into a part of something else")
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         arguments, follows = tree_flatten((args, kwargs))
@@ -160,6 +196,8 @@ class Tracer(TorchDispatchMode):
         if all(value is None for value in seen):
             return function(*args, **kwargs)
         if function._schema.is_mutable:
+            if any(isinstance(value, View) for value in seen):
+                self.check_writes(function, args)
             # What it changes was another number before.
             arguments = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
         output = function(*args, **kwargs)
@@ -167,10 +205,12 @@ class Tracer(TorchDispatchMode):
         outputs, _ = tree_flatten(output)
         tensors = [out for out in outputs if isinstance(out, Tensor)]
         if not tensors:
-            if any(value is not None and not isinstance(value, OnTape) for value in seen):
-                raise self.refuse(function, "the network looks at the values of the sample")
-            return output
+            of_sample = any(value is not None and not isinstance(value, OnTape) for value in seen)
+            what = "sample" if of_sample else "condition"
+            raise self.refuse(function, f"the network looks at the values of the {what}")
         if all(value is None or isinstance(value, OnTape) for value in seen):
+            if function._schema.name in _BOUNDS and len(args) == 1 and not args[0].is_floating_point():
+                return output  # `one_hot` checks its codes
             kept = [a.clone() if isinstance(a, Tensor) else a for a in mixed]
             found: list[Value] = list(self.tape.record(function, tree_unflatten(kept, follows), outputs))
         else:
@@ -182,6 +222,11 @@ class Tracer(TorchDispatchMode):
 
     def _lower(self, function: Any, args: Any, kwargs: Any) -> list[Value]:
         name = function._schema.name
+        followed = [value for value in tree_flatten((args, kwargs))[0] if not isinstance(value, (Tensor, OnTape))]
+        if any(isinstance(value, Unusable) for value in followed):
+            if any(isinstance(value, View) for value in followed):
+                raise self.refuse(function, "the weights of attention are used for more than to weigh the values")
+            return [Unusable()] * len(function._schema.returns)
         lowering = _LOWERINGS.get(name) or _LOWERINGS.get(name.removesuffix("_"))
         if lowering is None:
             raise self.refuse(function, "this operation is not supported, or mixes places of the picture")
@@ -191,6 +236,9 @@ class Tracer(TorchDispatchMode):
             if "cannot be converted" in str(error):
                 raise
             raise type(error)(str(self.refuse(function, str(error)))) from error
+        except Exception as error:
+            # A lowering reads the arguments in the ways that it knows.
+            raise self.refuse(function, "with these arguments it is not supported") from error
         return found if isinstance(found, list) else [found]
 
     def view(self, value: Any, shape: tuple[int, ...], roles: Roles) -> Tensor:
@@ -226,8 +274,8 @@ class Tracer(TorchDispatchMode):
 
 @contextlib.contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in evaluation mode, gradients are off, attention is written out, and float32 is not rounded
-    to TF32, as it is by default in convolutions on a GPU."""
+    """Inside, the model is in evaluation mode, gradients and autocast are off, attention is written out, and float32 is
+    not rounded to TF32, as it is by default in convolutions on a GPU."""
     training = {module: module.training for module in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
     cudnn: Any = torch.backends.cudnn
@@ -238,7 +286,12 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     for each in precise:
         each.fp32_precision = "ieee"
     try:
-        with torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with contextlib.ExitStack() as stack:
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            for each in (torch.inference_mode(False), torch.no_grad(), sdpa_kernel(SDPBackend.MATH)):
+                stack.enter_context(each)
             yield
     finally:
         for each, precision in zip(precise, precisions, strict=True):
@@ -274,16 +327,24 @@ def trace(
         return forward(*inputs)
 
     with evaluation(model), tracer.naming(model):
+        # What a network makes once and keeps must not be of the tracer's kind.
+        forward(x.clone(), *([] if condition is None else [condition.clone()]))
         x = x.clone()
         inputs = [x] if condition is None else [x, condition.clone()]
         tracer.follow(x, View(tracer.network, ids.view(x.shape)))
         if condition is not None:
             tracer.follow(inputs[1], OnTape(0, tuple(condition.shape)))
-        with tracer:
-            output = torch.func.functionalize(call)(*inputs)
+        try:
+            with tracer:
+                output = torch.func.functionalize(call)(*inputs)
+        except ConversionError:
+            raise
+        except Exception as error:
+            raise tracer.refuse(type(error).__name__, str(error)) from error
     value = tracer.value_of(output) if isinstance(output, Tensor) else None
     if value is None:
         raise ConversionError("the network's output does not depend on the sample, or is not a tensor")
     if not isinstance(value, View):
-        raise ConversionError("the network's output depends on the condition alone")
+        what = "depends on the condition alone" if isinstance(value, OnTape) else "is a part of attention"
+        raise ConversionError(f"the network's output {what}")
     return Traced(tracer.network, tracer.tape, sample, value)
