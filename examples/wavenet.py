@@ -61,10 +61,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sound", type=Path, help="a WAV file; its channels are mixed")
     parser.add_argument("--out", type=Path, default=Path("continued.wav"))
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=600, help="of training")
     parser.add_argument("--seconds", type=float, default=1.0, help="how much to draw")
     parser.add_argument("--temperature", type=float, default=0.9)
     options = parser.parse_args()
+    if options.steps < 1:
+        raise ValueError(f"steps is {options.steps}, but expected a number of at least 1")
+    if not 0 <= options.seconds < math.inf:
+        raise ValueError(f"seconds is {options.seconds}, but expected a finite number of at least 0")
+    if not 0 <= options.temperature < math.inf:  # said before the training, not after it
+        raise ValueError(f"temperature is {options.temperature}, but expected a finite number of at least 0")
 
     torch.manual_seed(0)
     sound, rate = (melody(6.0, 8000)[None], 8000) if options.sound is None else read_wav(options.sound)

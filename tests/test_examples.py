@@ -156,3 +156,12 @@ def test_wavenet_learns_a_sound_and_goes_on_from_it(tmp_path, monkeypatch):
     assert (len(written), rate) == (4400, 8000)
     torch.testing.assert_close(written[:4000], given[:4000], atol=2e-3, rtol=0.02)
     assert written[4000:].std() > 0
+
+
+@pytest.mark.parametrize("name", ["steps 0", "steps -2", "seconds -1.0", "seconds nan", "temperature -1.0"])
+def test_wavenet_says_what_it_cannot_do(name, tmp_path, monkeypatch):
+    option, value = name.split()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["wavenet.py", "--steps", "1", f"--{option}", value])
+    with pytest.raises(ValueError, match=f"{option} is {value}, but expected a"):
+        load("wavenet").main()

@@ -59,14 +59,19 @@ def read_wav(path: str | Path) -> tuple[Tensor, int]:
 def write_wav(path: str | Path, sound: Tensor, rate: int) -> None:
     """Write sound (channels, samples) or (samples,) in [-1, 1] as 16-bit PCM of `rate` samples per second.
 
-    ValueError: sound has another shape, or rate is less than 1.
+    Rounded to multiples of 2^-15, as `read_wav` gives them, up to 1 - 2^-15: what was read from 16 bits is written as
+    it was.
+
+    ValueError: sound has another shape or NaN, or rate is less than 1.
     """
     if sound.dim() not in (1, 2) or (sound.dim() == 2 and not len(sound)):
         raise ValueError(f"sound has shape {tuple(sound.shape)}, but expected (channels, samples) or (samples,)")
     if rate < 1:
         raise ValueError(f"rate is {rate}, but expected a number of samples per second of at least 1")
     rows = torch.atleast_2d(sound.detach().cpu().double())
-    values = (rows.clamp(-1, 1) * 32767).round().numpy().T.astype("<i2")
+    if bool(rows.isnan().any()):
+        raise ValueError("sound has values that are NaN, but expected values in [-1, 1]")
+    values = (rows * 2**15).round().clamp(-(2**15), 2**15 - 1).numpy().T.astype("<i2")
     with wave.open(str(path), "wb") as file:
         file.setnchannels(len(rows))
         file.setsampwidth(2)

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pygen.autoregressive.frontier import Frontier, Reader, Samples, device_of
+from pygen.autoregressive.arguments import check_count, check_tensor
+from pygen.autoregressive.frontier import Frontier, Reader, Samples
 from pygen.autoregressive.state import State, Stepper
 
 
@@ -30,12 +31,10 @@ class BlockwiseHeads(nn.Module):
 
     def __init__(self, width: int, ahead: int, *, hidden: int | None = None) -> None:
         super().__init__()
-        if ahead < 1:
-            raise ValueError(f"ahead is {ahead}, but expected at least 1")
-        self.ahead = ahead
+        self.ahead = check_count("ahead", ahead, 1)
         self.layers = nn.ModuleList(
             nn.Sequential(nn.Linear(width, hidden or width), nn.ReLU(), nn.Linear(hidden or width, width))
-            for _ in range(ahead)
+            for _ in range(self.ahead)
         )
         for layer in self.layers:  # at first every head says what the model says of the next token
             nn.init.zeros_(layer[2].weight)  # type: ignore[index]
@@ -90,7 +89,15 @@ class BlockwiseModel(nn.Module):
         """The mean negative log-likelihood in nats of each head's token; gradients reach the heads alone.
 
         tokens: int64 (n, length).
+
+        ValueError: there is no token after a next one, or no sample.
         """
+        check_tensor("tokens", tokens)
+        if tokens.dim() != 2 or not len(tokens) or tokens.shape[1] < 2:
+            raise ValueError(
+                f"tokens has shape {tuple(tokens.shape)}, but expected (n, length) with at least one sample and two "
+                "tokens: a head guesses one that comes after the next"
+            )
         with self._features() as seen, torch.no_grad():
             self.model.token_logits(tokens, condition=condition)  # type: ignore[operator]
         logits = self._project(seen[-1].detach())
@@ -157,10 +164,11 @@ def blockwise_sample(
     prefix: int64 (n, p), tokens that are given.
     The others are those of `ops.sample_logits`.
 
-    ValueError: ids or prefix does not fit. RuntimeError: logits are no distribution.
+    ValueError: n, ids or prefix does not fit. TypeError: one has another type or dtype. RuntimeError: logits are no
+    distribution.
     """
     filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "typical_p": typical_p}
-    frontier = Frontier(n, model.length, ids, prefix, device_of(model))
+    frontier = Frontier(model, n, ids, prefix)
     reader, ahead = _AheadReader(model, n, condition), model.heads.ahead
     while (first := frontier.first) < model.length:
         # Without a guess yet, no more than the next token can come of a pass.

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pygen.autoregressive.frontier import Frontier, Reader, Samples, device_of
+from pygen.autoregressive.arguments import check_count, check_levels
+from pygen.autoregressive.frontier import Frontier, Reader, Samples
 from pygen.autoregressive.state import Stepper
 
 
@@ -44,12 +45,13 @@ def fixed_point_sample(
     similar sample; by default the token before repeats.
     The others are those of `ops.sample_logits`.
 
-    ValueError: window is not positive, or ids, prefix or guess does not fit. RuntimeError: logits are no distribution.
+    ValueError: window is not positive, or n, ids, prefix or guess does not fit. TypeError: one has another type or
+    dtype. RuntimeError: logits are no distribution.
     """
-    if window < 1:
-        raise ValueError(f"window is {window}, but expected at least 1")
-    frontier = Frontier(n, model.length, ids, prefix, device_of(model))
+    window = check_count("window", window, 1)
+    frontier = Frontier(model, n, ids, prefix)
     if guess is not None:
+        check_levels("guess", guess, model.vocabulary, wait=True)
         if guess.shape != frontier.tokens.shape:
             raise ValueError(f"guess has shape {tuple(guess.shape)}, but expected {tuple(frontier.tokens.shape)}")
         given = 0 if prefix is None else prefix.shape[1]

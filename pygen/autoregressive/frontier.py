@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pygen import ops
+from pygen.autoregressive.arguments import check_count, check_levels, check_tensor
 from pygen.autoregressive.state import State, Stepper
 
 
@@ -70,21 +71,29 @@ def device_of(model: Stepper) -> torch.device:
 class Frontier:
     """n samples of `length` tokens, of which sample i knows the first done[i]; later tokens are guesses.
 
-    ids: int64 (n,), the numbers of the samples. prefix: int64 (n, p), tokens that are given, or None.
+    model: whose samples they are. ids: int64 (n,), the numbers of the samples. prefix: int64 (n, p), tokens that are
+    given, or None.
 
-    ValueError: ids or prefix does not fit. TypeError: one is not int64.
+    ValueError: n, ids or prefix does not fit. TypeError: n is no int, or one of the others not int64.
     """
 
-    def __init__(self, n: int, length: int, ids: Tensor | None, prefix: Tensor | None, device: torch.device) -> None:
+    def __init__(self, model: Stepper, n: int, ids: Tensor | None, prefix: Tensor | None) -> None:
+        n, length, device = check_count("n", n), model.length, device_of(model)
+        if ids is not None:
+            check_tensor("ids", ids)
+            if ids.dtype != torch.int64:
+                raise TypeError(f"ids has dtype {ids.dtype}, but expected torch.int64")
+            if ids.shape != (n,):
+                raise ValueError(f"ids has shape {tuple(ids.shape)}, but expected ({n},)")
         ids = torch.arange(n, device=device) if ids is None else ids.to(device)
-        given = 0 if prefix is None else prefix.shape[-1]
-        for name, tensor, shape in (("ids", ids, (n,)), ("prefix", prefix, (n, given))):
-            if tensor is not None and tensor.dtype != torch.int64:
-                raise TypeError(f"{name} has dtype {tensor.dtype}, but expected torch.int64")
-            if tensor is not None and tensor.shape != shape:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but expected {shape}")
-        if given > length:
-            raise ValueError(f"prefix has {given} tokens, but expected at most {length}")
+        given = 0
+        if prefix is not None:
+            check_levels("prefix", prefix, model.vocabulary, wait=True)
+            given = prefix.shape[-1] if prefix.dim() else 0
+            if prefix.shape != (n, given):
+                raise ValueError(f"prefix has shape {tuple(prefix.shape)}, but expected ({n}, {given})")
+            if given > length:
+                raise ValueError(f"prefix has {given} tokens, but expected at most {length}")
         self.ids = ids
         self.length = length
         self.tokens = torch.zeros(n, length, dtype=torch.int64, device=device)

@@ -62,7 +62,7 @@ class MixtureModel(AutoregressiveModel):
         return by_level.permute(0, 3, 4, 1, 2).flatten(1, 3)
 
     def token_log_prob(self, tokens: Tensor, *, condition: Tensor | None = None) -> Tensor:
-        x = self.pictures(tokens)
+        x = self.pictures(self.check_tokens(tokens))
         parameters = self(x, self.check_condition(condition, len(x)))
         return ops.discretized_logistics_log_prob(x, parameters, levels=self.config.levels).flatten(1).sum(1)
 
@@ -88,7 +88,7 @@ class MixtureModel(AutoregressiveModel):
             levels=levels, x=x, known=(torch.arange(colours, device=x.device) < colour).expand_as(x),
         )  # fmt: skip
         value = drawn[:, colour]
-        return torch.where(value.isnan(), -1, self.quantize(value.nan_to_num())), log_prob[:, colour]
+        return torch.where(value.isnan(), -1, self.quantize(value)), log_prob[:, colour]
 
     def _pixel_parameters(self, tokens: Tensor, condition: Tensor | None) -> Tensor:
         """The parameters of each token's pixel, (n, length, parameters)."""
@@ -136,20 +136,24 @@ class MixtureState(State):
     def pixel(self) -> Tensor:
         """The colours (rows, colours) in [-1, 1] of the pixel whose element comes next; those that are not there yet
         are whatever."""
-        return self._pixels(self.position, 1)[..., 0]
+        return self._pixel(self.position)
 
-    def _pixels(self, begin: int, count: int) -> Tensor:
-        """The colours (rows, colours, count) of the pixels of the elements from `begin` on."""
+    def _pixel(self, element: int) -> Tensor:
+        """The colours (rows, colours) of the pixel of an element."""
         colours = self.model.config.shape[0]
-        element = torch.arange(begin, begin + count, device=self.tokens.device)
-        index = element // colours * colours + torch.arange(colours, device=element.device)[:, None]
-        return self.model.dequantize(self.tokens[:, index])
+        begin = element // colours * colours
+        return self.model.dequantize(self.tokens[:, begin : begin + colours])
 
     def _logits(self, parameters: Tensor, begin: int) -> Tensor:
-        """The logits (rows, block, levels) of the elements from `begin` on, from (rows, block, parameters)."""
-        count, colours = parameters.shape[1], self.model.config.shape[0]
-        every = level_log_prob(
-            self._pixels(begin, count), parameters.transpose(1, 2), levels=self.model.config.levels
-        )  # (rows, colours, levels, block)
-        colour = torch.arange(begin, begin + count, device=every.device) % colours
-        return every.movedim(3, 0)[torch.arange(count, device=every.device), :, colour].transpose(0, 1)
+        """The logits (rows, block, levels) of the elements from `begin` on, from (rows, block, parameters).
+
+        One pixel at a time: PyTorch's sums over other shapes round otherwise, and the bits are not to depend on how
+        many tokens are fed at once. Elements of a pixel have its parameters in common, and do not read later ones.
+        """
+        colours, end = self.model.config.shape[0], begin + parameters.shape[1]
+        found = []
+        for first in range(begin // colours * colours, end, colours):
+            own = parameters[:, max(first - begin, 0)].contiguous()
+            every = level_log_prob(self._pixel(first), own, levels=self.model.config.levels)
+            found.append(every[:, max(begin - first, 0) : end - first])
+        return torch.cat(found, dim=1)

@@ -5,27 +5,41 @@ order, trained and evaluated in one pass over all tokens, and sampled token by t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pygen import _native, ops
-from pygen.autoregressive.config import AutoregressiveConfig
+from pygen.autoregressive.arguments import CheckedModel, check_levels, check_tensor
 from pygen.autoregressive.incremental import ConversionError, Incremental, incremental
 from pygen.autoregressive.progress import Progress, Target
 from pygen.autoregressive.sampling import Sampling, sequence_log_prob
 from pygen.autoregressive.state import PrefixState, State
-from pygen.model import Density, GenerativeModel, Stage, refuse_steps
+from pygen.model import Density, Stage, refuse_steps
 from pygen.ops.kept import Kept
 from pygen.ops.noise import TOKEN_STREAM, philox_uniform_reference, signed_seed
 
-_CONVERTED: Kept[dict[tuple[int, ...], Incremental]] = Kept(devices=("cpu", "cuda"))
+_CONVERTED: Kept[dict[tuple[int, ...], Incremental]] = Kept(devices=("cpu", "cuda"), whole=True)
 _MOST_LENGTHS = 8  # for which a network is kept converted
 
 
-class AutoregressiveModel(GenerativeModel):
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model that is in `train()`, as in `eval()` for a while."""
+    training = [module for module in model.modules() if module.training] if model.training else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class AutoregressiveModel(CheckedModel):
     """An exact probability of discrete pictures, and samples token by token.
 
     A token is an element of the picture, a grey level of one colour of one pixel, unless a model says otherwise. Tokens
@@ -40,22 +54,6 @@ class AutoregressiveModel(GenerativeModel):
     convolutional: ClassVar[bool] = False  # whether `incremental` can convert it
     logistics: ClassVar[bool] = False  # whether `forward` gives the parameters of mixtures in the place of logits
     uniform_word: ClassVar[int] = 0  # of the noise of a token: the one that its value grows with
-    config: AutoregressiveConfig
-
-    @property
-    def length(self) -> int:
-        """Tokens of a picture."""
-        return self.config.dimensions
-
-    @property
-    def any_length(self) -> bool:
-        """Whether samples may be shorter or longer than `length`."""
-        return False
-
-    @property
-    def vocabulary(self) -> int:
-        """Values that a token can have."""
-        return self.config.levels
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """The network: (n, channels * levels, height, width), the logits of the levels of each colour side by side; or
@@ -76,10 +74,11 @@ class AutoregressiveModel(GenerativeModel):
 
     def token_logits(self, tokens: Tensor, *, condition: Tensor | None = None) -> Tensor:
         """`logits` of the picture of int64 tokens (n, length)."""
-        return self.logits(self.pictures(tokens), condition=condition)
+        return self.logits(self.pictures(self.check_tokens(tokens)), condition=condition)
 
     def tokens(self, x: Tensor) -> Tensor:
         """The tokens of pictures (n, channels, height, width) in [-1, 1], int64 (n, length)."""
+        self.refuse_nan(x)
         return self.quantize(x).movedim(1, -1).flatten(1)
 
     def lay_out(self, values: Tensor) -> Tensor:
@@ -91,16 +90,32 @@ class AutoregressiveModel(GenerativeModel):
         """The pictures (n, channels, height, width) in [-1, 1] of int64 tokens (n, length)."""
         return self.dequantize(self.lay_out(tokens)).to(next(self.parameters()).dtype)
 
+    def quantize(self, x: Tensor) -> Tensor:
+        # NaN as an index would be out of range, which on a GPU ends the process.
+        return super().quantize(x.nan_to_num(0.0))
+
+    def dequantize(self, k: Tensor) -> Tensor:
+        """x = 2 k / (levels - 1) - 1 of integer values k, as float32, or float64 where the parameters are."""
+        if next(self.parameters()).dtype == torch.float64:
+            return k.double() * (2 / (self.config.levels - 1)) - 1
+        return super().dequantize(k)
+
     def loss(self, x: Tensor, *, player: str = "model", condition: Tensor | None = None) -> Tensor:
         """The mean negative log-likelihood in nats per token."""
         self.check_player(player)
+        x = self.check_batch(x)
         return -self.log_prob(x, condition=condition).mean() / self.length
 
     def log_prob(
         self, x: Tensor, *, condition: Tensor | None = None, ids: Tensor | None = None, seed: int = 0
     ) -> Tensor:
-        """log P(x | condition) in nats, (n,); exact, so `ids` and `seed` change nothing. See `GenerativeModel`."""
-        return self.token_log_prob(self.tokens(self.check_pictures(x)), condition=condition)
+        """log P(x | condition) in nats, (n,); exact, so `ids` and `seed` change nothing. See `GenerativeModel`.
+
+        As `loss`, it is with dropout in `train()`. NaN in a picture is a ValueError where the host can see it, and
+        elsewhere makes the picture's log-probability NaN.
+        """
+        x = self.check_pictures(x)
+        return self.nan_of_nan(x, self.token_log_prob(self.tokens(x), condition=condition))
 
     def token_log_prob(self, tokens: Tensor, *, condition: Tensor | None = None) -> Tensor:
         """log P(tokens | condition) in nats, (n,), of int64 tokens (n, length)."""
@@ -155,7 +170,7 @@ class AutoregressiveModel(GenerativeModel):
                     # That these networks are causal, and convert, is for the tests: verifying takes some passes.
                     by_shape[shape] = incremental(
                         network, shape, levels=self.config.levels, condition=condition, logistics=self.logistics,
-                        verify=False, device=self.device,
+                        values=network.dequantize(torch.arange(self.config.levels)), verify=False, device=self.device,
                     )  # fmt: skip
                 except ConversionError as error:
                     if all(bool(parameter.isfinite().all()) for parameter in parameters):
@@ -166,33 +181,23 @@ class AutoregressiveModel(GenerativeModel):
                     ) from error
         return by_shape[shape]
 
-    def check_start(self, n: int, guidance: float | None, length: int | None) -> None:
-        """ValueError for a start that a model without guidance and of one length cannot make."""
-        if n < 0:
-            raise ValueError(f"n is {n}, but expected a number of samples that is not negative")
-        if guidance:
-            raise ValueError(
-                f"guidance is {guidance}, but expected 0: {type(self).__name__} never saw a picture without its label"
-            )
-        if length is not None and length < 1:
-            raise ValueError(f"length is {length}, but expected at least 1")
-        if length not in (None, self.length) and not self.any_length:
-            raise ValueError(f"length is {length}, but expected {self.length}, the tokens of a picture")
-
     @torch.no_grad()
     def step(self, token: Tensor | None, state: State) -> tuple[Tensor, State]:
         """Feed tokens, and get the logits of what comes after each; the state is changed in place, and returned.
 
-        In `eval()`: dropout would differ from token to token.
+        As in `eval()`, whatever the mode: dropout would differ from token to token.
 
         token: int64 (rows,), or (rows, block) for several at once; None, at position 0, for the logits of the first.
 
         Returns logits (rows, vocabulary), or (rows, block, vocabulary).
 
         TypeError: token is not int64. ValueError: it has another shape, or goes beyond the last but one token; or it is
-        None, but tokens have been fed.
+        None, but tokens have been fed; or it has a value that is none, where the host can see it.
         """
-        return state.advance(token), state
+        if token is not None:
+            check_levels("token", token, self.vocabulary)
+        with evaluating(self):
+            return state.advance(token), state
 
     def sample(
         self,
@@ -211,6 +216,8 @@ class AutoregressiveModel(GenerativeModel):
         progress: Target = False,
     ) -> Tensor:
         """Draw n pictures, (n, channels, height, width) in [-1, 1]; see `GenerativeModel.sample`.
+
+        As in `eval()`, whatever the mode, as is all that draws.
 
         temperature, top_k, top_p, min_p, typical_p: of each token's distribution, as in `ops.sample_logits`.
         guidance: as in `start`.
@@ -269,13 +276,13 @@ class AutoregressiveModel(GenerativeModel):
 
         length: as in `start`. The others are as for `sample`.
         """
-        ids = self.resolve_ids(n, ids)
         self.check_start(n, None, length)
-        how = Sampling(
-            ids, self.resolve_condition(ids, condition), seed, temperature, top_k, top_p, min_p, typical_p, guidance
-        )
+        how = self.resolve_sampling(
+            n, ids, condition, seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            typical_p=typical_p, guidance=guidance,
+        )  # fmt: skip
         length = self.length if length is None else length
-        tokens = torch.zeros(n, length, dtype=torch.int64, device=ids.device)
+        tokens = torch.zeros(len(how.ids), length, dtype=torch.int64, device=how.ids.device)
         return tokens, self.fill(tokens, None, how, progress)
 
     @torch.no_grad()
@@ -300,10 +307,11 @@ class AutoregressiveModel(GenerativeModel):
         What is known but comes later in raster order has no influence on what is drawn before it. The rest is what
         `sample` would draw, under the same seed and number, had it drawn what is known.
 
-        x: (n, channels, height, width) in [-1, 1]. known: bool, broadcastable to x; True is kept, rounded to the
-            levels. The others are as for `sample`.
+        x: (n, channels, height, width) in [-1, 1], and anything where it is not known. known: bool, broadcastable to x;
+            True is kept, rounded to the levels. The others are as for `sample`.
         """
         x = self.check_pictures(x)
+        check_tensor("known", known)
         if known.dtype != torch.bool:
             raise TypeError(f"known has dtype {known.dtype}, but expected torch.bool")
         try:
@@ -312,10 +320,13 @@ class AutoregressiveModel(GenerativeModel):
             raise ValueError(
                 f"known has shape {tuple(known.shape)}, but expected one that broadcasts to {tuple(x.shape)}"
             ) from None
-        ids = self.resolve_ids(len(x), ids)
-        how = Sampling(
-            ids, self.resolve_condition(ids, condition), seed, temperature, top_k, top_p, min_p, typical_p, guidance
-        )
+        if bool((x.isnan() & known).any()):  # completing waits for the device in any case
+            raise ValueError("x is NaN where it is known, but expected values in [-1, 1]")
+        x = x.nan_to_num(0.0)
+        how = self.resolve_sampling(
+            len(x), ids, condition, seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            typical_p=typical_p, guidance=guidance,
+        )  # fmt: skip
         tokens = self.tokens(x)
         self.fill(tokens, self.known_tokens(known), how, progress)
         return torch.where(known, self.dequantize(self.quantize(x)).to(x.dtype), self.pictures(tokens))
@@ -333,11 +344,10 @@ class AutoregressiveModel(GenerativeModel):
         """Z, the picture after each pixel, X. Z holds the uniform numbers that the tokens are drawn with, as 2 u - 1;
         each pixel in turn changes from its number in Z to its value in X."""
         refuse_steps(self, steps)
-        ids = self.resolve_ids(n, ids)
-        how = Sampling(ids, self.resolve_condition(ids, condition), seed)
+        how = self.resolve_sampling(n, ids, condition, seed)
         _, height, width = self.config.shape
-        z = self._uniforms(ids, seed)
-        tokens = torch.zeros(n, self.length, dtype=torch.int64, device=ids.device)
+        z = self._uniforms(how.ids, seed)
+        tokens = torch.zeros(len(how.ids), self.length, dtype=torch.int64, device=how.ids.device)
         drawn = torch.zeros_like(tokens, dtype=torch.bool)
         per_pixel = self.length // (height * width)
         stages = [Stage("Z", z)]
@@ -374,7 +384,7 @@ class AutoregressiveModel(GenerativeModel):
             with Progress(progress, tokens.shape[1]) as report:
                 filled, log_prob = converted.fill(
                     tokens, known, ids=how.ids, condition=how.condition, seed=how.seed,
-                    progress=(lambda done, _: report(done)) if progress else None,
+                    progress=(lambda done, _: report(done)) if progress else False,
                     **({} if self.logistics else how.filters),
                 )  # fmt: skip
             tokens.copy_(filled)
@@ -383,7 +393,7 @@ class AutoregressiveModel(GenerativeModel):
 
     def _step_through(self, tokens: Tensor, known: Tensor | None, how: Sampling, progress: Target) -> Tensor:
         """`fill`, step by step."""
-        with Progress(progress, tokens.shape[1]) as report:
+        with Progress(progress, tokens.shape[1]) as report, evaluating(self):
             total = self._draw_tokens(tokens, known, how, report)
         broken = total.isnan()
         if broken.any():
@@ -403,7 +413,7 @@ class AutoregressiveModel(GenerativeModel):
         state = self.start(len(tokens), condition=how.condition, guidance=how.guidance, length=length)
         for position in range(length):
             if not given[position]:
-                logits, state = self.step(tokens[:, state.position : position] if position else None, state)
+                logits = state.advance(tokens[:, state.position : position] if position else None)
                 token, log_prob = self.draw(logits[:, -1] if position else logits, state, how, position)
                 total += log_prob if known is None else torch.where(known[:, position], 0.0, log_prob)
                 # A row without a distribution goes on with some token, and is reported at the end.

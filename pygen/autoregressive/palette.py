@@ -7,6 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pygen.autoregressive.arguments import check_count, check_tensor
+
 _CHUNK = 2**24  # distances at once
 
 
@@ -16,13 +18,15 @@ def fit_palette(pictures: Tensor, colours: int, *, iterations: int = 20, seed: i
     iterations: of Lloyd's, at most. seed: of the first guess. A colour that no pixel is nearest to stays where it was;
     there are such colours where there are fewer in the pictures.
 
-    ValueError: colours is less than 1, or there is no pixel.
+    ValueError: colours is less than 1, there is no pixel, or one that is not finite.
     """
+    check_tensor("pictures", pictures)
+    colours = check_count("colours", colours, 1)
     pixels = pictures.detach().movedim(1, -1).flatten(0, -2).float()
-    if colours < 1:
-        raise ValueError(f"colours is {colours}, but expected at least 1")
     if not len(pixels):
         raise ValueError(f"pictures has shape {tuple(pictures.shape)}, but expected at least one pixel")
+    if not bool(pixels.isfinite().all()):  # the seeding waits for the device in any case
+        raise ValueError("pictures has values that are NaN or infinite, but expected finite ones")
     # Equal pixels are one with a weight: pictures of few levels have few colours.
     pixels, weight = pixels.unique(dim=0, return_counts=True)
     palette = _spread(pixels, weight, colours, seed)

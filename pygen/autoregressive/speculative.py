@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pygen import ops
-from pygen.autoregressive.frontier import Frontier, Reader, Samples, device_of
+from pygen.autoregressive.arguments import check_count
+from pygen.autoregressive.frontier import Frontier, Reader, Samples
 from pygen.autoregressive.state import Stepper
 
 
@@ -44,17 +45,16 @@ def speculative_sample(
     prefix: int64 (n, p), tokens that are given.
     The others are those of `ops.sample_logits`; the draft is drawn with the same.
 
-    ValueError: the models do not fit each other, lookahead is not positive, or ids or prefix does not fit.
-    RuntimeError: logits are no distribution.
+    ValueError: the models do not fit each other, lookahead is not positive, or n, ids or prefix does not fit.
+    TypeError: one has another type or dtype. RuntimeError: logits are no distribution.
     """
-    if lookahead < 1:
-        raise ValueError(f"lookahead is {lookahead}, but expected at least 1")
+    lookahead = check_count("lookahead", lookahead, 1)
     if (draft.length, draft.vocabulary) != (model.length, model.vocabulary):
         raise ValueError(
             f"draft has {draft.length} tokens of {draft.vocabulary} values, but expected {model.length} of "
             f"{model.vocabulary}, as the model has"
         )
-    frontier = Frontier(n, model.length, ids, prefix, device_of(model))
+    frontier = Frontier(model, n, ids, prefix)
     filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "typical_p": typical_p}
     target_reader, draft_reader = Reader(model, n, condition), Reader(draft, n, condition)
     while (first := frontier.first) < model.length:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from pygen.autoregressive.arguments import check_count, check_tensor
+
 if TYPE_CHECKING:
     from pygen.autoregressive.model import AutoregressiveModel
 
@@ -69,6 +71,7 @@ class State(ABC):
                     "none before it"
                 )
             return self.first()
+        check_tensor("token", token)
         if token.dtype != torch.int64:
             raise TypeError(f"token has dtype {token.dtype}, but expected torch.int64")
         if token.dim() not in (1, 2) or len(token) != self.rows:
@@ -97,7 +100,8 @@ class State(ABC):
 
         ValueError: position is negative, or more than were fed.
         """
-        if not 0 <= position <= self.position:
+        position = check_count("position", position)
+        if position > self.position:
             raise ValueError(f"position is {position}, but expected 0 to {self.position}, as many as were fed")
         self.forget(position)
         self.position = position
@@ -107,8 +111,7 @@ class State(ABC):
 
         ValueError: copies is negative.
         """
-        if copies < 0:
-            raise ValueError(f"copies is {copies}, but expected a number that is not negative")
+        copies = check_count("copies", copies)
         forked = self.copy()
         forked.reorder(torch.arange(self.rows).repeat_interleave(copies))
         return forked
@@ -118,6 +121,7 @@ class State(ABC):
 
         TypeError: index is not int64. ValueError: it has another shape, or a row that there is not.
         """
+        check_tensor("index", index)
         if index.dtype != torch.int64:
             raise TypeError(f"index has dtype {index.dtype}, but expected torch.int64")
         if index.dim() != 1:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pygen.autoregressive.config import AutoregressiveConfig
-from pygen.autoregressive.model import AutoregressiveModel
+from pygen.autoregressive.model import AutoregressiveModel, evaluating
 from pygen.autoregressive.palette import fit_palette, nearest_colour
 from pygen.autoregressive.sampling import sequence_log_prob
 from pygen.autoregressive.state import State
@@ -126,6 +126,7 @@ class TokenTransformer(AutoregressiveModel):
     def tokens(self, x: Tensor) -> Tensor:
         if self.palette is None:
             return super().tokens(x)
+        self.refuse_nan(x)
         pixels = x.movedim(1, -1).flatten(0, -2).to(self.palette.dtype)
         return torch.unflatten(nearest_colour(pixels, self.palette), 0, (len(x), -1))
 
@@ -137,7 +138,8 @@ class TokenTransformer(AutoregressiveModel):
     def pictures(self, tokens: Tensor) -> Tensor:
         if self.palette is None:
             return super().pictures(tokens)
-        colours = torch.unflatten(self.palette[tokens], 1, self.config.shape[1:]).movedim(-1, 1)
+        palette = self.dequantize(self.quantize(self.palette))  # exact, whatever dtype the buffer went through
+        colours = torch.unflatten(palette[tokens], 1, self.config.shape[1:]).movedim(-1, 1)
         return colours.to(self.begin.dtype).contiguous()
 
     def known_tokens(self, known: Tensor) -> Tensor:
@@ -147,7 +149,7 @@ class TokenTransformer(AutoregressiveModel):
         """The mean negative log-likelihood in nats per token; while training, labels are withheld by PyTorch's
         generator."""
         self.check_player(player)
-        x = self.check_pictures(x)
+        x = self.check_batch(x)
         condition = self.check_condition(condition, len(x))
         if self.training and self.palette is not None and not self.chosen:
             self.choose_palette(x)
@@ -155,22 +157,29 @@ class TokenTransformer(AutoregressiveModel):
             withheld = torch.rand(len(x), device=x.device) < self.config.label_dropout
             condition = condition.masked_fill(withheld, self.config.classes or 0)
         tokens = self.tokens(x)
-        return -sequence_log_prob(self._logits(tokens, condition), tokens).mean() / self.length
+        log_prob = self.nan_of_nan(x, sequence_log_prob(self._logits(tokens, condition), tokens))
+        return -log_prob.mean() / self.length
 
     def logits(self, x: Tensor, *, condition: Tensor | None = None) -> Tensor:
         return self.token_logits(self.tokens(self.check_pictures(x)), condition=condition)
 
     def token_logits(self, tokens: Tensor, *, condition: Tensor | None = None) -> Tensor:
+        tokens = self.check_tokens(tokens)
         return self._logits(tokens, self.check_condition(condition, len(tokens)))
+
+    def check_guidance(self, guidance: float | None) -> None:
+        if guidance is not None:
+            check_guidance(self.config, guidance)
 
     @torch.no_grad()
     def start(
         self, n: int, *, condition: Tensor | None = None, guidance: float | None = None, length: int | None = None
     ) -> State:
         guidance = self.config.guidance if guidance is None else guidance
-        check_guidance(self.config, guidance)
-        self.check_start(n, None, length)
-        return TransformerState(self, n, self.check_condition(condition, n), guidance)
+        self.check_start(n, guidance, length)
+        condition = self.check_condition(condition, n)
+        with evaluating(self):
+            return TransformerState(self, n, condition, guidance)
 
     def _logits(self, tokens: Tensor, condition: Tensor | None) -> Tensor:
         """The logits of tokens (n, length); label number `classes` stands for none."""

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pygen.autoregressive.arguments import check_tensor
 from pygen.autoregressive.config import AutoregressiveConfig
 from pygen.autoregressive.model import AutoregressiveModel
 from pygen.autoregressive.state import State
@@ -119,6 +120,7 @@ class WaveNet(AutoregressiveModel):
         return self.config.shape[:2] == (1, 1)
 
     def check_pictures(self, x: Tensor) -> Tensor:
+        check_tensor("x", x)
         sound = self.any_length and x.dim() == 4 and x.shape[1:3] == (1, 1)
         if sound and x.is_floating_point() and x.shape[3]:
             return x.to(self.device, next(self.parameters()).dtype)

@@ -14,7 +14,9 @@ from torch import Tensor
 from pygen import _native
 from pygen.ops.incremental_program import Program
 from pygen.ops.incremental_reference import advance
-from pygen.ops.noise import plain_number, split_seed
+from pygen.ops.noise import check_address, plain_number, split_seed
+from pygen.ops.sampling import check_filters
+from pygen.ops.sampling_reference import Filters
 
 MODES = ("follow", "score", "draw")  # in the order of the enum in csrc/incremental_checks.h
 _ALL = 2**31
@@ -117,11 +119,17 @@ def incremental_advance(
         A row does not depend, to the bit, on the rows beside it, their order or number, or on threads. No gradient.
 
     Raises:
-        ValueError: for an unknown mode, or filters with logistics.
-        RuntimeError: for shapes, dtypes and devices that do not fit the program, and steps that it does not have.
+        ValueError: for an unknown mode, a filter or seed outside its range, or filters with logistics.
+        TypeError: for ids or a seed that are not int64, or a top_k that is no integer.
+        RuntimeError: for other shapes, dtypes and devices that do not fit the program, and steps that it does not have.
     """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}, but expected one of {', '.join(map(repr, MODES))}")
+    seed = plain_number("seed", seed)
+    check_address(sample_ids, seed, 0)
+    check_filters(
+        Filters(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=typical_p, ties=ties)
+    )
     if logistics and (temperature != 1 or any(each is not None for each in (top_k, top_p, min_p, typical_p))):
         raise ValueError("a mixture of logistics is drawn as it is: temperature and filters are for logits")
     kernels = _native.kernels_for(state)
@@ -131,7 +139,7 @@ def incremental_advance(
             known=known, mode=mode, logistics=logistics, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
             typical_p=typical_p, ties=ties, with_logits=with_logits,
         )  # fmt: skip
-    number, seeds = split_seed(plain_number("seed", seed))
+    number, seeds = split_seed(seed)
     log_prob, logits = kernels.incremental_advance(
         state, tokens, weights, program.code, program.on(state.device), program.vocabulary, conditions, values, known,
         sample_ids, number, seeds, begin, end, MODES.index(mode), logistics, float(temperature),

@@ -37,11 +37,13 @@ class KeptResult(Generic[Value]):
 class Kept(Generic[Value]):
     """One value for each layer, made of parameters, and forgotten with the layer.
 
-    devices: the types of those where it is kept.
+    devices: the types of those where it is kept. whole: whether every element is looked at for what was written through
+        `.data`, not a few of each tensor; for values that take far longer to make, and to use, than that.
     """
 
-    def __init__(self, devices: tuple[str, ...] = ("cpu",)) -> None:
+    def __init__(self, devices: tuple[str, ...] = ("cpu",), *, whole: bool = False) -> None:
         self._devices = devices
+        self._whole = whole
         self._results: weakref.WeakKeyDictionary[nn.Module, KeptResult[Value]] = weakref.WeakKeyDictionary()
 
     def get(self, layer: nn.Module, tensors: Sequence[Tensor], make: Callable[[], Value]) -> Value:
@@ -49,7 +51,7 @@ class Kept(Generic[Value]):
         graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         if graph or not can_keep(tensors, self._devices):
             return make()
-        key = (versions(tensors), *probes(tensors))
+        key = (versions(tensors), *probes(tensors, whole=self._whole))
         return self._results.setdefault(layer, KeptResult()).get(key, tensors, make)
 
     def get_of_buffers(self, layer: nn.Module, tensors: Sequence[Tensor], make: Callable[[], Value]) -> Value:
@@ -69,10 +71,15 @@ def versions(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     return tuple((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.shape) for t in tensors)
 
 
-def probes(tensors: Sequence[Tensor]) -> list[float]:
+def probes(tensors: Sequence[Tensor], *, whole: bool = False) -> list[float]:
     """The sums of a few elements of each. Writing through `.data`, as averaging of weights often does, does not move a
-    tensor's version: these tell of it. A device is waited for once."""
+    tensor's version: these tell of it. A device is waited for once.
+
+    whole: with a sum of all bits of each, which tells of a write to any one element, too.
+    """
     sums = [_sum_of_some(tensor) for tensor in tensors]
+    if whole:
+        sums += map(_sum_of_bits, tensors)
     if all(tensor.device.type == "cpu" for tensor in tensors):
         return list(map(float, sums))
     return torch.stack([each.double().to(sums[0].device) for each in sums]).tolist()
@@ -82,3 +89,11 @@ def _sum_of_some(tensor: Tensor) -> Tensor:
     flat = tensor.detach().flatten()
     # An odd stride does not stay in one column of a matrix, which could be one that is always zero.
     return flat[:: (len(flat) // _PROBED) | 1].sum()
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    """The elements' bits as integers, summed modulo their number: exact, in any order, and as fast as memory. What
+    changes all elements alike, such as their signs, may leave it as it is, but not the sum of a few of them."""
+    flat = tensor.detach().contiguous().flatten()
+    word = {1: torch.int8, 2: torch.int16}.get(flat.element_size(), torch.int32)
+    return flat.view(word).sum(dtype=word)

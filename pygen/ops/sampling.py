@@ -112,8 +112,8 @@ def sample_logits(
         ValueError: for an empty vocabulary, an option outside its range, a guidance_scale without unconditional logits,
             a repetition_penalty without a history, a position or seed out of range, or shapes or devices that do not
             fit.
-        TypeError: for logits that are not floating, ids, seeds, positions or a history that are not int64, or an
-            `allowed` that is not bool.
+        TypeError: for logits that are not floating, ids, seeds, positions or a history that are not int64, a top_k that
+            is no integer, or an `allowed` that is not bool.
     """
     filters = Filters(
         guidance_scale, unconditional, repetition_penalty, history, allowed, temperature, top_k, top_p, min_p,
@@ -204,17 +204,21 @@ def _checked(logits: Tensor, filters: Filters) -> tuple[Tensor, Filters]:
         )
     if not logits.is_floating_point():
         raise TypeError(f"logits has dtype {logits.dtype}, but expected float32, float64, bfloat16 or float16")
-    _check_numbers(filters)
+    check_filters(filters)
     if filters.guidance_scale != 1 or filters.repetition_penalty != 1 or filters.allowed is not None:
         filters = _checked_tensors(logits, filters)
     return (logits.detach() if logits.requires_grad else logits), filters
 
 
-def _check_numbers(filters: Filters) -> None:
+def check_filters(filters: Filters) -> None:
+    """Raise what is wrong with the options that are no tensors, in one sentence."""
     if not 0 <= filters.temperature < math.inf:
         raise ValueError(f"temperature is {filters.temperature}, but expected a finite number >= 0")
-    if filters.top_k is not None and not filters.top_k >= 1:
-        raise ValueError(f"top_k is {filters.top_k}, but expected at least 1, or None for all")
+    top_k = filters.top_k
+    if not (top_k is None or isinstance(top_k, int) or hasattr(top_k, "__index__")):
+        raise TypeError(f"top_k is a {type(top_k).__name__}, but expected an int of at least 1, or None for all")
+    if top_k is not None and not top_k >= 1:
+        raise ValueError(f"top_k is {top_k}, but expected at least 1, or None for all")
     if filters.top_p is not None and not 0 < filters.top_p <= 1:
         raise ValueError(f"top_p is {filters.top_p}, but expected a number in (0, 1], or None for all")
     if filters.min_p is not None and not 0 <= filters.min_p <= 1:

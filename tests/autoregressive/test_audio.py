@@ -65,6 +65,16 @@ def test_what_is_written_is_read(tmp_path: Path, channels: int) -> None:
     torch.testing.assert_close(again, sound, atol=1e-4, rtol=0)
 
 
+def test_what_was_read_is_written_as_it_was(tmp_path: Path) -> None:
+    every = torch.arange(-(2**15), 2**15).reshape(2, -1) / 2**15
+    audio.write_wav(tmp_path / "sound.wav", every, 8000)
+    again, _ = audio.read_wav(tmp_path / "sound.wav")
+    assert torch.equal(again, every)
+    audio.write_wav(tmp_path / "loud.wav", torch.tensor([-3.0, -1.0, 1.0, 3.0]), 8000)
+    loud, _ = audio.read_wav(tmp_path / "loud.wav")
+    assert loud.tolist() == [[-1.0, -1.0, 1 - 2**-15, 1 - 2**-15]]
+
+
 def test_bad_files_and_arguments_are_named(tmp_path: Path) -> None:
     path = tmp_path / "sound.wav"
     path.write_bytes(b"no sound")
@@ -75,5 +85,7 @@ def test_bad_files_and_arguments_are_named(tmp_path: Path) -> None:
         audio.read_wav(path)
     with pytest.raises(ValueError, match=r"sound has shape \(1, 2, 3\)"):
         audio.write_wav(path, torch.zeros(1, 2, 3), 8000)
+    with pytest.raises(ValueError, match="sound has values that are NaN"):
+        audio.write_wav(path, torch.tensor([0.0, torch.nan]), 8000)
     with pytest.raises(ValueError, match="rate is 0"):
         audio.write_wav(path, torch.zeros(3), 0)

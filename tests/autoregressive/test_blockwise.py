@@ -95,6 +95,22 @@ def test_heads_refuse_to_look_nowhere():
         BlockwiseHeads(4, 0)
 
 
+@pytest.mark.parametrize("shape", [(3, 1), (3, 0), (0, 4), (3,)])
+def test_heads_that_have_nothing_to_guess_are_said_to_have_nothing(shape):
+    model = network(4, 6, ahead=2)
+    with pytest.raises(ValueError, match=r"tokens has shape .*: a head guesses one that comes after the next"):
+        model.loss(torch.zeros(shape, dtype=torch.int64))
+    assert model.loss(torch.zeros(3, 2, dtype=torch.int64)).isfinite()
+
+
+def test_refuses_in_one_sentence():
+    model = network(4, 6, ahead=2)
+    with pytest.raises(ValueError, match="n is -1, but expected at least 0"):
+        blockwise_sample(model, -1)
+    with pytest.raises(ValueError, match="prefix has the value 4, but expected 0 to 3"):
+        blockwise_sample(model, 2, prefix=torch.full((2, 1), 4))
+
+
 def test_works_on_the_token_transformer():
     """Its cache, its guidance; in float64, where blocks and single tokens round alike."""
     torch.set_default_dtype(torch.float64)

@@ -82,10 +82,27 @@ def test_refuses_in_one_sentence():
         "prefix has shape (3, 1), but expected (2, 1)": {"prefix": torch.zeros(3, 1, dtype=torch.int64)},
         "prefix has 11 tokens, but expected at most 10": {"prefix": torch.zeros(2, 11, dtype=torch.int64)},
         "guess has shape (2, 9), but expected (2, 10)": {"guess": torch.zeros(2, 9, dtype=torch.int64)},
+        "guess has dtype torch.float32, but expected torch.int64": {"guess": torch.zeros(2, 10)},
+        "guess has the value 9, but expected 0 to 3": {"guess": torch.full((2, 10), 9)},
+        "prefix has the value 9, but expected 0 to 3": {"prefix": torch.full((2, 3), 9)},
+        "prefix has the value -1, but expected 0 to 3": {"prefix": torch.tensor([[0, 1], [3, -1]])},
+        "prefix is a list, but expected a tensor": {"prefix": [[0], [1]]},
+        "ids is a list, but expected a tensor": {"ids": [0, 1]},
+        "window is 1.5, but expected an int of at least 1": {"window": 1.5},
+        "n is -1, but expected at least 0": {"n": -1},
+        "n is 2.0, but expected an int of at least 0": {"n": 2.0},
     }.items():
         with pytest.raises((ValueError, TypeError)) as error:
-            fixed_point_sample(model, 2, **options)
+            fixed_point_sample(model, **{"n": 2, **options})
         assert message in str(error.value)
+
+
+def test_tokens_on_a_device_are_looked_at_too(monkeypatch):
+    # These ways wait for the device after each pass, and an index out of range there would end the process.
+    monkeypatch.setattr("pygen.autoregressive.arguments.can_read", lambda tensor: False)
+    for name, tokens in {"prefix": torch.full((2, 3), 9), "guess": torch.full((2, 10), 9)}.items():
+        with pytest.raises(ValueError, match=f"{name} has the value 9, but expected 0 to 3"):
+            fixed_point_sample(chain(4, 10), 2, **{name: tokens})
 
 
 def test_works_on_the_models_of_the_library():

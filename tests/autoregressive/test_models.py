@@ -9,12 +9,14 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from autoregressive_cases import MIXTURES, SMALL_RECIPES, random_pictures, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pygen import ops
 from pygen.autoregressive import AutoregressiveModel
 from pygen.model import Density
 from pygen.workbench.families import model_class
@@ -156,6 +158,35 @@ def test_a_replay_after_a_crop_gives_the_same_bits(recipe: str) -> None:
         assert torch.equal(logits, seen[i])
 
 
+@pytest.mark.parametrize("recipe", CONVERTED)
+def test_the_bits_do_not_depend_on_how_many_tokens_are_fed_at_once(recipe: str) -> None:
+    model = small(recipe, shape=(3, 2, 4), levels=9, classes=None)
+    tokens, state = model.tokens(random_pictures(model, 5)), model.start(5)
+    whole, state = model.step(tokens[:, :-1], state)
+    for block in (1, 2, 7):
+        state.crop(0)
+        parts = [model.step(part, state)[0] for part in tokens[:, :-1].split(block, dim=1)]
+        assert torch.equal(torch.cat(parts, dim=1), whole)
+    state.crop(4)
+    forked = state.fork(3)
+    logits, _ = model.step(tokens[:, 4:11].repeat_interleave(3, 0), forked)
+    assert torch.equal(logits, whole[:, 4:11].repeat_interleave(3, 0))
+
+
+@every_recipe
+def test_in_float64_steps_and_draws_have_the_probability_of_log_prob(recipe: str) -> None:
+    model = small(recipe, shape=(3, 2, 4), levels=10, classes=None).double()
+    x, drawn = model.sample_with_log_prob(3, seed=1)
+    assert x.dtype == torch.float64
+    tokens, expected = model.tokens(x), model.log_prob(x).detach()
+    torch.testing.assert_close(drawn, expected, atol=1e-11, rtol=1e-11)
+    state = model.start(3)
+    first, state = model.step(None, state)
+    rest, state = model.step(tokens[:, :-1], state)
+    by_step = torch.cat((first[:, None], rest), 1).log_softmax(2).gather(2, tokens[:, :, None])[..., 0].sum(1)
+    torch.testing.assert_close(by_step.detach(), expected, atol=1e-11, rtol=1e-11)
+
+
 @every_recipe
 def test_bad_steps_are_named(recipe: str) -> None:
     model = small(recipe, shape=(1, 2, 2), levels=3, classes=None)
@@ -175,6 +206,14 @@ def test_bad_steps_are_named(recipe: str) -> None:
         state.reorder(torch.tensor([0, 2]))
     with pytest.raises(TypeError, match="index has dtype"):
         state.reorder(torch.tensor([0.0]))
+    for value in (3, -1):
+        with pytest.raises(ValueError, match=f"token has the value {value}, but expected 0 to 2"):
+            model.step(torch.tensor([[0, 1], [2, value]]), state)
+    assert state.position == 0
+    with pytest.raises(TypeError, match="token is a int, but expected a tensor"):
+        model.step(1, state)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="n is 2.0, but expected an int"):
+        model.start(2.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"index has shape \(1, 1\)"):
         state.reorder(torch.tensor([[0]]))
     _, state = model.step(tokens, state)
@@ -267,6 +306,107 @@ def test_completion_keeps_what_is_known_and_draws_the_rest(recipe: str) -> None:
 
 
 @every_recipe
+def test_what_is_not_known_may_be_nan(recipe: str) -> None:
+    model = small(recipe, shape=(1, 2, 4), levels=5, classes=None)
+    x, known = model.sample(3, seed=1), torch.arange(4) < 2
+    assert torch.equal(model.complete(x.masked_fill(~known, torch.nan), known, seed=1), x)
+    with pytest.raises(ValueError, match="x is NaN where it is known"):
+        model.complete(x.masked_fill(known, torch.nan), known, seed=1)
+
+
+@every_recipe
+def test_nan_in_a_picture_is_refused_or_stays_in_its_row(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small(recipe, shape=(1, 2, 4), levels=5, classes=None)
+    x = random_pictures(model, 3)
+    broken = x.clone()
+    broken[1, 0, 1, 2] = torch.nan
+    for refusing in (model.log_prob, model.loss, model.tokens):
+        with pytest.raises(ValueError, match="x has values that are NaN"):
+            refusing(broken)
+    # On a GPU, where to look would be to wait.
+    monkeypatch.setattr("pygen.autoregressive.arguments.can_read", lambda tensor: False)
+    log_prob, expected = model.log_prob(broken).detach(), model.log_prob(x).detach()
+    assert log_prob.isnan().tolist() == [False, True, False]
+    assert torch.equal(log_prob[[0, 2]], expected[[0, 2]])
+    assert model.loss(broken).isnan()
+
+
+@every_recipe
+def test_bad_tokens_are_named(recipe: str) -> None:
+    model = small(recipe, shape=(1, 2, 2), levels=3, classes=None)
+    tokens = torch.zeros(2, 4, dtype=torch.int64)
+    for refusing in (model.token_log_prob, model.token_logits):
+        with pytest.raises(TypeError, match="tokens has dtype torch.float32, but expected torch.int64"):
+            refusing(tokens.float())
+        with pytest.raises(TypeError, match="tokens is a list, but expected a tensor"):
+            refusing([[0, 0, 0, 0]])  # type: ignore[arg-type]
+        for wrong in (tokens[:, :3], tokens[0], tokens[:, :, None]):
+            with pytest.raises(ValueError, match=r"tokens has shape .*, but expected \(n, 4\)"):
+                refusing(wrong)
+        for value in (3, -1):
+            with pytest.raises(ValueError, match=f"tokens has the value {value}, but expected 0 to 2"):
+                refusing(tokens.index_fill(1, torch.tensor([2]), value))
+
+
+@every_recipe
+def test_bad_filters_and_seeds_are_refused_before_anything_is_done(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small(recipe, shape=(1, 2, 2), levels=3, classes=None)
+
+    def at_work(*_: Any, **__: Any) -> None:
+        raise AssertionError("it has begun")
+
+    monkeypatch.setattr(model, "start", at_work)
+    monkeypatch.setattr(model, "converted", at_work)
+    x, known = torch.zeros(2, 1, 2, 2), torch.ones(2, dtype=torch.bool)
+    for wrong in (
+        {"temperature": -1.0}, {"top_k": 0}, {"top_k": 1.5}, {"top_p": 1.5}, {"min_p": 2.0}, {"typical_p": 0.0},
+        {"seed": 2**64}, {"seed": 2**65}, {"seed": -(2**63) - 1}, {"seed": 1.5},
+    ):  # fmt: skip
+        plain: dict[str, Any] = {"seed": 0, "sample_ids": torch.arange(2), "position": 0}
+        with pytest.raises((ValueError, TypeError)) as expected:
+            ops.sample_logits(torch.zeros(2, 3), **{**plain, **wrong})
+        for draw in (functools.partial(model.sample, 2), functools.partial(model.complete, x, known)):
+            with pytest.raises(expected.type) as error:
+                draw(**wrong)
+            assert str(error.value) == str(expected.value)
+    with pytest.raises(ValueError, match="guidance is -1.0, but expected"):
+        model.sample(2, guidance=-1.0)
+
+
+@every_recipe
+def test_in_training_it_draws_as_in_evaluation(recipe: str) -> None:
+    options = {"dropout": 0.5} if recipe not in ("wavenet", "made") else {}
+    model = small(recipe, 1.0, shape=(1, 4, 4), levels=5, classes=None, **options)
+    known = torch.arange(4) < 2
+    prefix = torch.tensor([[0, 4, 2], [1, 1, 3]])
+
+    def draw() -> list[torch.Tensor]:
+        x, log_prob = model.sample_with_log_prob(4, seed=1)
+        first, state = model.step(None, model.start(2))
+        logits, state = model.step(prefix, state)
+        return [x, log_prob, model.complete(x, known, seed=2), model.trajectory(2, seed=1)[-1].values, first, logits]
+
+    expected = draw()
+    model.train()
+    frozen = list(model.modules())[-1].eval()  # a layer that the user keeps as it is
+    for ours, theirs in zip(draw(), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+    class Stop(Exception):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        raise Stop
+
+    model.converted = lambda length=None: None  # type: ignore[method-assign]
+    with pytest.raises(Stop):
+        model.sample(2, progress=stop)
+    assert [module for module in model.modules() if not module.training] == [frozen]
+
+
+@every_recipe
 def test_progress_is_told(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     model = small(recipe, shape=(1, 2, 2), levels=3, classes=None)
     told: list[tuple[int, int]] = []
@@ -355,6 +495,20 @@ def test_a_network_is_converted_again_only_when_a_parameter_changes(
     assert model.converted() is not first
 
 
+@pytest.mark.parametrize("recipe", CONVERTED)
+def test_a_write_to_one_element_that_moves_no_version_is_followed(recipe: str) -> None:
+    model = small(recipe, shape=(1, 4, 4), levels=256, classes=None)
+    first = model.converted()
+    largest = max(model.parameters(), key=lambda parameter: parameter.numel())
+    version = largest._version
+    largest.data.view(-1)[1] += 0.5
+    assert largest._version == version
+    assert model.converted() is not first
+    assert model.converted() is model.converted()
+    x, log_prob = model.sample_with_log_prob(2, seed=1)
+    torch.testing.assert_close(log_prob, model.log_prob(x).detach(), atol=1e-4, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("recipe", CONVERTED)
 def test_a_network_in_16_bits_draws_as_its_parameters_do_in_float32(recipe: str, dtype: torch.dtype) -> None:
@@ -423,6 +577,26 @@ def test_bad_input_is_named() -> None:
         model.sample(2, steps=7)
     with pytest.raises(ValueError, match="steps is 7"):
         model.trajectory(2, steps=7)
+    labels, known = torch.tensor([0, 1]), torch.ones(8, 8, dtype=torch.bool)
+    for message, draw in {
+        "n is 2.0, but expected an int of at least 0": lambda: model.sample(2.0),  # type: ignore[arg-type]
+        "n is True, but expected an int of at least 0": lambda: model.sample(True),
+        "n is -1, but expected at least 0": lambda: model.trajectory(-1),
+        "ids has dtype torch.float32, but expected torch.int64": lambda: model.sample(1, ids=torch.tensor([1.7])),
+        "ids is a list, but expected a tensor": lambda: model.sample(2, ids=[0, 1]),  # type: ignore[arg-type]
+        "condition has dtype torch.float32, but": lambda: model.sample(2, condition=labels.float()),
+        "condition is a int, but expected": lambda: model.sample(2, condition=1),  # type: ignore[arg-type]
+        "condition is a list, but": lambda: model.log_prob(torch.zeros(1, 1, 8, 8), condition=[1]),  # type: ignore[arg-type]
+        "known is a list, but": lambda: model.complete(torch.zeros(2, 1, 8, 8), [True]),  # type: ignore[arg-type, list-item]
+        "x is a list, but expected a tensor": lambda: model.complete([0.0], known),  # type: ignore[arg-type, list-item]
+    }.items():
+        with pytest.raises((ValueError, TypeError), match=message):
+            draw()
+    with pytest.raises(ValueError, match="x has no pictures, but expected at least one"):
+        model.loss(torch.zeros(0, 1, 8, 8), condition=labels[:0])
+    # Integers of another width are the same numbers, and so is NumPy's.
+    narrow = model.sample(np.int64(2), ids=labels.int(), condition=labels.to(torch.uint8), seed=3)
+    assert torch.equal(narrow, model.sample(2, condition=labels, seed=3))
     with pytest.raises(NotImplementedError):
         model.encode(torch.zeros(3, 1, 8, 8))
 

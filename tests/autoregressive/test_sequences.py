@@ -56,8 +56,19 @@ def test_wavenet_goes_on_from_sound() -> None:
     assert torch.equal(model.complete(x.masked_fill(~known, 0), known, seed=2), x)
     loss = model.loss(x)
     torch.testing.assert_close(loss, -model.log_prob(x).mean() / 30)
+    with pytest.raises(ValueError, match="x has no pictures, but expected at least one"):
+        model.loss(x[:0])
     with pytest.raises(ValueError, match=r"x has shape \(2, 2, 1, 30\)"):
         model.log_prob(x.expand(-1, 2, -1, -1))
+
+
+def test_a_length_that_is_no_int_is_named() -> None:
+    model = small("wavenet", shape=(1, 1, 20), levels=16, classes=None)
+    for refused in (model.start, model.sample_tokens):
+        with pytest.raises(TypeError, match="length is 5.5, but expected an int of at least 1"):
+            refused(2, length=5.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"tokens has shape \(2, 0\), but expected \(n, 1\)"):
+        model.token_log_prob(torch.zeros(2, 0, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("degrees", ["random", "sequential"])

@@ -89,8 +89,11 @@ def test_refuses_in_one_sentence():
     for message, (drafter, options) in {
         "lookahead is 0, but expected at least 1": (draft, {"lookahead": 0}),
         "draft has 10 tokens of 5 values, but expected 10 of 4": (other, {}),
+        "lookahead is 1.5, but expected an int of at least 1": (draft, {"lookahead": 1.5}),
         "ids has shape (3,), but expected (2,)": (draft, {"ids": torch.arange(3)}),
+        "n is -1, but expected at least 0": (draft, {"n": -1}),
+        "prefix has the value 4, but expected 0 to 3": (draft, {"prefix": torch.full((2, 1), 4)}),
     }.items():
-        with pytest.raises(ValueError) as error:
-            speculative_sample(model, drafter, 2, **options)
+        with pytest.raises((ValueError, TypeError)) as error:
+            speculative_sample(model, drafter, **{"n": 2, **options})
         assert message in str(error.value)

@@ -136,3 +136,17 @@ def test_few_colours_are_all_in_the_palette() -> None:
         fit_palette(x, 0)
     with pytest.raises(ValueError, match=r"pictures has shape \(0, 3, 4, 4\)"):
         fit_palette(x[:0], 4)
+    model = small("transformer", shape=(3, 4, 4), levels=9, classes=None, palette=4)
+    assert isinstance(model, TokenTransformer)
+    x[1, 2, 0, 3] = torch.nan
+    with pytest.raises(ValueError, match="pictures has values that are NaN or infinite"):
+        model.choose_palette(x)
+    assert not bool(model.chosen)
+
+
+def test_a_palette_is_of_exact_levels_in_float64_too() -> None:
+    model = small("transformer", shape=(3, 4, 4), levels=10, classes=None, palette=4).double()
+    assert isinstance(model, TokenTransformer)
+    x = model.sample(2, seed=1)
+    assert torch.equal(model.dequantize(model.quantize(x)), x)
+    assert torch.equal(model.complete(x, torch.arange(4) < 2, seed=1), x)

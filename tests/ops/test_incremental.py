@@ -316,7 +316,6 @@ def test_a_program_that_names_what_is_not_there_is_refused(backend, device, name
         ({"begin": 3, "end": 2}, "steps from 3 to 2 were asked for"),
         ({"known": torch.zeros(2, 30)}, r"known has shape \(2, 30\)"),
         ({"sample_ids": torch.zeros(3, dtype=torch.int64)}, r"sample_ids has shape \(3,\)"),
-        ({"temperature": -1.0}, "temperature is -1"),
         ({"logistics": 8}, "no discretized mixture of logistics"),
     ],
 )
@@ -324,6 +323,24 @@ def test_bad_arguments_are_named(changes, message):
     own = arguments(program("gated"), 2, **changes)
     with pytest.raises(RuntimeError, match=message):
         ops.incremental_advance(**own)
+
+
+REFUSALS = [
+    {"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": 0}, {"top_k": 1.5}, {"top_p": 1.5}, {"min_p": -0.1},
+    {"typical_p": 0.0}, {"ties": 3}, {"seed": 2**64}, {"seed": 2**65}, {"seed": -(2**63) - 1}, {"seed": 1.5},
+    {"seed": torch.zeros(2)}, {"sample_ids": torch.zeros(2)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", REFUSALS, ids=str)
+def test_seeds_and_filters_are_refused_in_the_words_of_sample_logits(changes):
+    own = {"sample_ids": torch.arange(2), "seed": 5} | changes
+    with pytest.raises((ValueError, TypeError)) as expected:
+        ops.sample_logits(torch.zeros(2, 5), position=0, **own)
+    with pytest.raises(expected.type) as error:
+        ops.incremental_advance(**arguments(program("gated"), 2, **changes))
+    assert str(error.value) == str(expected.value)
+    assert str(error.value).startswith(f"{next(iter(changes))} ")
 
 
 def test_a_mode_that_there_is_not_and_filters_of_a_mixture_are_refused():
