@@ -7,7 +7,6 @@ arXiv:1701.05517, eq. 1-3; `ops.discretized_logistics_log_prob`).
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from pygen import ops
 from pygen.autoregressive.config import AutoregressiveConfig
+from pygen.autoregressive.mixture_state import MixtureState
 from pygen.autoregressive.model import AutoregressiveModel
 from pygen.autoregressive.sampling import Sampling
 from pygen.autoregressive.state import PrefixState, State
@@ -74,8 +74,10 @@ class MixtureModel(AutoregressiveModel):
         condition = self.check_condition(condition, n)
         converted = self.converted()
         if converted is not None:
-            return MixtureState(self, converted.start(n, condition=condition))
-        return MixtureState(self, PrefixState(self, n, condition, self._pixel_parameters))
+            return converted.start(n, condition=condition)
+        levels = torch.arange(self.config.levels, device=self.device)
+        network = PrefixState(self, n, condition, self._pixel_parameters)
+        return MixtureState(network, self.config.shape[0], self.dequantize(levels))
 
     def draw(self, logits: Tensor, state: State, how: Sampling, position: int) -> tuple[Tensor, Tensor]:
         if how.filtered or not isinstance(state, MixtureState):
@@ -94,66 +96,3 @@ class MixtureModel(AutoregressiveModel):
         """The parameters of each token's pixel, (n, length, parameters)."""
         parameters = self(self.pictures(tokens), condition).flatten(2).transpose(1, 2)
         return parameters.repeat_interleave(self.config.shape[0], dim=1)  # type: ignore[no-any-return]
-
-
-class MixtureState(State):
-    """The state of the network, which steps from pixel to pixel, and what is drawn of the pixels.
-
-    parameters: (rows, parameters) of the pixel whose element comes next. tokens: int64 (rows, length).
-    """
-
-    def __init__(self, model: MixtureModel, network: State) -> None:
-        super().__init__(network.rows, network.length)
-        self.model = model
-        self.network = network
-        self.tokens = torch.zeros(self.rows, self.length, dtype=torch.int64, device=model.device)
-        self.parameters = next(model.parameters()).new_zeros(self.rows, model.config.parameters)
-
-    def first(self) -> Tensor:
-        self.parameters = self.network.advance(None)
-        return self._logits(self.parameters[:, None], 0)[:, 0]
-
-    def feed(self, tokens: Tensor) -> Tensor:
-        begin, end = self.position, self.position + tokens.shape[1]
-        self.tokens[:, begin:end] = tokens
-        parameters = self.network.advance(tokens)
-        self.parameters = parameters[:, -1]
-        return self._logits(parameters, begin + 1)
-
-    def forget(self, position: int) -> None:
-        self.network.crop(position)
-
-    def copy(self) -> MixtureState:
-        other = copy.copy(self)
-        other.network = self.network.copy()
-        return other
-
-    def select(self, index: Tensor) -> None:
-        self.network.reorder(index)
-        index = index.to(self.tokens.device)
-        self.tokens, self.parameters = self.tokens[index], self.parameters[index]
-
-    def pixel(self) -> Tensor:
-        """The colours (rows, colours) in [-1, 1] of the pixel whose element comes next; those that are not there yet
-        are whatever."""
-        return self._pixel(self.position)
-
-    def _pixel(self, element: int) -> Tensor:
-        """The colours (rows, colours) of the pixel of an element."""
-        colours = self.model.config.shape[0]
-        begin = element // colours * colours
-        return self.model.dequantize(self.tokens[:, begin : begin + colours])
-
-    def _logits(self, parameters: Tensor, begin: int) -> Tensor:
-        """The logits (rows, block, levels) of the elements from `begin` on, from (rows, block, parameters).
-
-        One pixel at a time: PyTorch's sums over other shapes round otherwise, and the bits are not to depend on how
-        many tokens are fed at once. Elements of a pixel have its parameters in common, and do not read later ones.
-        """
-        colours, end = self.model.config.shape[0], begin + parameters.shape[1]
-        found = []
-        for first in range(begin // colours * colours, end, colours):
-            own = parameters[:, max(first - begin, 0)].contiguous()
-            every = level_log_prob(self._pixel(first), own, levels=self.model.config.levels)
-            found.append(every[:, max(begin - first, 0) : end - first])
-        return torch.cat(found, dim=1)

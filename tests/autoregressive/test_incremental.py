@@ -15,9 +15,11 @@ from incremental_cases import CASES, Case, MaskedConv2d, PlainPixelCNN, build
 from torch import Tensor, nn
 
 from pygen import _native, ops
+from pygen.autoregressive import fixed_point_sample
 from pygen.autoregressive.incremental import ConversionError, Incremental, incremental
 from pygen.autoregressive.incremental import converted as converted_module
-from pygen.autoregressive.incremental.converted import IncrementalState
+from pygen.autoregressive.state import State
+from pygen.ops.logistics import level_log_prob
 
 CONVERTED: dict[str, tuple[Case, Incremental]] = {}
 
@@ -43,12 +45,25 @@ def outputs(case: Case, net: Incremental, tokens: Tensor, condition: Tensor | No
     with torch.no_grad():
         out = case.call(net.pictures(tokens), condition)
     n, length = tokens.shape
-    if out.shape == (n, length, net.vocabulary):
+    if out.shape == (n, length, net.outputs):
         return out
     colours = net.geometry.channels
     if net.logistics:
         return out.flatten(2).transpose(1, 2).repeat_interleave(colours, 1)
     return out.reshape(n, colours, net.levels, -1).permute(0, 3, 1, 2).reshape(n, length, -1)
+
+
+def levels(net: Incremental, tokens: Tensor, condition: Tensor | None) -> Tensor:
+    """The logits of every element's levels, (n, length, levels)."""
+    whole, colours = net.logits(tokens, condition=condition), net.geometry.channels
+    if not net.logistics:
+        return whole
+    pixels = net.values[tokens].unflatten(1, (-1, colours))
+    each = [
+        level_log_prob(x, own.contiguous(), levels=net.levels)
+        for x, own in zip(pixels.unbind(1), whole[:, ::colours].unbind(1), strict=True)
+    ]
+    return torch.cat(each, 1)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -134,7 +149,7 @@ def test_a_sample_is_the_same_bits_in_any_batch_order_and_number_of_threads(name
 def test_steps_are_the_same_bits_as_a_whole_sample(name: str) -> None:
     case, net = converted(name)
     condition, tokens = conditions(case, 3), torch.randint(net.levels, (3, net.length))
-    whole = net.logits(tokens, condition=condition)
+    whole = levels(net, tokens, condition)
     state = net.start(3, condition=condition)
     logits, state = net.step(None, state)
     assert torch.equal(logits, whole[:, 0])
@@ -159,11 +174,21 @@ def test_steps_are_the_same_bits_as_a_whole_sample(name: str) -> None:
     assert torch.equal(net.step(None, forked)[0], whole[:, 0].repeat_interleave(2, 0))
 
 
+def test_several_tokens_at_once_from_a_mixture() -> None:
+    _, net = converted("plus plus")
+    tokens, state, position = torch.zeros(2, 0, dtype=torch.int64), net.start(2), 0
+    while position < net.length:
+        logits, state = net.step(tokens[:, -1] if position else None, state)
+        token, _ = ops.sample_logits(logits, seed=5, sample_ids=torch.arange(2), position=position)
+        tokens, position = torch.cat((tokens, token[:, None]), 1), position + 1
+    assert torch.equal(fixed_point_sample(net, 2, seed=5).tokens, tokens)
+
+
 @dataclasses.dataclass
 class Course:
     """A state, and of each of its rows the class and the tokens that were fed to it."""
 
-    state: IncrementalState
+    state: State
     labels: Tensor
     tokens: Tensor
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from pygen.autoregressive.incremental.encoding import Encoded
 from pygen.autoregressive.incremental.schedule import Geometry
 from pygen.autoregressive.incremental.tracing import Tape
+from pygen.autoregressive.mixture_state import MixtureState
 from pygen.autoregressive.progress import Progress, Target
 from pygen.autoregressive.state import State
 from pygen.ops.incremental import incremental_advance
@@ -22,7 +23,8 @@ _BETWEEN_MARKS, _MOST_MARKS = 8, 4  # a mark costs about as much as a step of a 
 class Incremental:
     """What `incremental(model)` returns. Tokens are int64 (n, length), levels in the order in which they are drawn.
 
-    length: elements of a sample. vocabulary: outputs of an element, `levels` of them or a mixture's parameters.
+    length: elements of a sample. vocabulary: values that an element can have. outputs: numbers that it is drawn from,
+    a logit for each value or a mixture's parameters.
     """
 
     def __init__(
@@ -48,6 +50,10 @@ class Incremental:
 
     @property
     def vocabulary(self) -> int:
+        return self.levels
+
+    @property
+    def outputs(self) -> int:
         return self.program.vocabulary
 
     def pictures(self, tokens: Tensor) -> Tensor:
@@ -163,16 +169,19 @@ class Incremental:
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, *, condition: Tensor | None = None) -> Tensor:
-        """What each element would be drawn from, given those before it: (n, length, vocabulary)."""
+        """What each element would be drawn from, given those before it: (n, length, outputs)."""
         self._check_tokens(tokens)
         return self._advance(tokens.to(self.device).contiguous(), condition, "follow", None, with_logits=True)[1]
 
-    def start(self, n: int, *, condition: Tensor | None = None) -> IncrementalState:
-        """A state of n samples that no token has been fed to."""
+    def start(self, n: int, *, condition: Tensor | None = None) -> State:
+        """A state of n samples that no token has been fed to; its logits are of the levels, also of a mixture."""
         _check_count(n)
-        return IncrementalState(self, n, self.condition(condition, n))
+        state = IncrementalState(self, n, self.condition(condition, n))
+        if not self.logistics:
+            return state
+        return MixtureState(state, self.geometry.channels, self.values.to(self.dtype))
 
-    def step(self, token: Tensor | None, state: IncrementalState) -> tuple[Tensor, IncrementalState]:
+    def step(self, token: Tensor | None, state: State) -> tuple[Tensor, State]:
         """Feed tokens, and get the logits of what comes after each; see `pygen.autoregressive.Stepper`."""
         return state.advance(token), state
 
