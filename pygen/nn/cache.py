@@ -71,6 +71,7 @@ class KeyValueCache:
         # The most tokens that a row can have, as far as the host knows; None where a compiled step has not told it.
         self._most: int | None = 0
         self._written = 0  # the most that any row ever had, which tells what a ring has written over
+        self._lost = 0  # tokens before this one, but for sinks, were let go of when the ring was resized
         self._recorded = False  # whether a CUDA graph appends, of whose replays the host is not told
 
     @property
@@ -100,13 +101,27 @@ class KeyValueCache:
         """As `keys`."""
         return self._read(1)
 
+    def recent(self, count: int) -> tuple[Tensor, Tensor]:
+        """The keys and the values of the last `count` tokens of a window's ring, which has more than the window; those
+        of the sinks before them.
+
+        ValueError: no window, or tokens that were written over.
+        """
+        if self.window is None:
+            raise ValueError(f"count is {count}, but expected a cache with a window")
+        shortest = 0 if self.lengths is None or not self.batch else int(self.lengths.min())
+        if count > self.window and max(shortest - count, self.sinks) < self._let_go():
+            most = max(shortest - self._let_go(), self.window)
+            raise ValueError(f"count is {count}, but expected at most {most}, which were not written over")
+        return self._read(0, count), self._read(1, count)
+
     def allocate(
         self, batch: int, kv_heads: int, width: int, *, dtype: torch.dtype, device: torch.device | None = None
     ) -> None:
         """Make an empty cache of these sizes, which the first append else does."""
         self._dtype = dtype
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        self._most = self._written = 0
+        self._most = self._written = self._lost = 0
         shape = (batch, kv_heads, self.capacity or _FIRST_ROOM, width)
         self._buffers = [torch.empty(shape, dtype=self.storage or dtype, device=device) for _ in range(2)]
         if self.storage in CODES.values():
@@ -187,12 +202,12 @@ class KeyValueCache:
         if (self._recorded or self.window is not None) and not self._unseen():
             self._count()
         kept, most = self._cropped(self.lengths, lengths)
-        if self.window is not None and self._written > self.room:
+        if self.window is not None and (self._lost or self._written > self.room):
             self._check_crop(kept[kept < self.lengths])
         self.lengths.copy_(kept)
         self._most = most
         if most == 0:
-            self._written = 0
+            self._written = self._lost = 0
 
     def reorder(self, index: Tensor) -> None:
         """Row i becomes what row index[i] was, as in beam search; index is int64 (rows,), with repeats or without."""
@@ -214,11 +229,33 @@ class KeyValueCache:
         self.reorder(index.nonzero().squeeze(1) if index.dtype == torch.bool else index)
         self._most = None
 
+    def resize(self, capacity: int) -> None:
+        """Another capacity for a window's ring, which keeps the tokens that it has as far as there is room.
+
+        ValueError: no window, or a capacity that does not hold it with the sinks.
+        """
+        if self.window is None:
+            raise ValueError(f"capacity is {capacity}, but expected a cache with a window to resize")
+        if capacity < self.sinks + self.window:
+            raise ValueError(f"capacity is {capacity}, but expected at least {self.sinks + self.window}")
+        most = self._count()
+        self._lost, self._written = max(self._let_go(), most - (capacity - self.sinks), 0), most
+        self.capacity = capacity
+        if self.lengths is None:
+            return
+        place, last = torch.arange(capacity, device=self.lengths.device), self.lengths.long().unsqueeze(1) - 1
+        token = last - (last - place) % (capacity - self.sinks)  # the latest one whose place this is
+        token = torch.where(place < self.sinks, place, token).clamp(min=0)
+        source = torch.where(token < self.room, token, self._place_of(token))
+        rows = torch.arange(self.batch, device=self.lengths.device).unsqueeze(1)
+        for i, buffer in enumerate(self._buffers):
+            self._buffers[i] = plain(buffer)[rows, :, source].view(buffer.dtype).transpose(1, 2).contiguous()
+
     def reset(self) -> None:
         """No tokens; the memory stays."""
         if self.lengths is not None:
             self.lengths.zero_()
-        self._most = self._written = 0
+        self._most = self._written = self._lost = 0
 
     def _attend(
         self,
@@ -342,7 +379,7 @@ class KeyValueCache:
     def _check_crop(self, kept: Tensor) -> None:
         """Refuse lengths that a ring no longer has the window of."""
         assert self.window is not None
-        lost = self._written - (self.room - self.sinks)  # tokens before this one were written over
+        lost = self._let_go()
         for length in kept.tolist():
             if length > self.sinks and max(self.sinks, length - self.window) < lost:
                 raise ValueError(
@@ -350,7 +387,15 @@ class KeyValueCache:
                     f"those before {lost} were written over, which the window of {self.window} would hold again"
                 )
 
-    def _read(self, which: int) -> Tensor:
+    def _let_go(self) -> int:
+        """Tokens before this one, but for sinks, are not in the ring any more."""
+        return max(self._lost, self._written - (self.room - self.sinks)) if self.room else 0
+
+    def _place_of(self, token: Tensor) -> Tensor:
+        """Where tokens behind the sinks are in a ring."""
+        return self.sinks + (token - self.sinks) % (self.room - self.sinks)
+
+    def _read(self, which: int, window: int | None = None) -> Tensor:
         if self.lengths is None or self._dtype is None:
             raise ValueError("the cache is empty, but expected an append before it is read")
         buffer = self._buffers[which]
@@ -360,12 +405,12 @@ class KeyValueCache:
             if scales is None:
                 return kept
             return (kept.to(torch.float32) * scales[:, :, : self.length].unsqueeze(-1)).to(self._dtype)
+        window = self.window if window is None else window
         lengths = self.lengths.long().unsqueeze(1)
-        start = (lengths - self.window).clamp(min=self.sinks)
-        count = max(min(self.window, self.length - self.sinks), 0)
+        start = (lengths - window).clamp(min=self.sinks)
+        count = max(min(window, self.length - self.sinks), 0)
         rest = start + torch.arange(count, device=lengths.device)
-        turn = self.room - self.sinks
-        rest = torch.where(rest < self.room, rest, self.sinks + (rest - self.sinks) % turn)
+        rest = torch.where(rest < self.room, rest, self._place_of(rest))
         first = torch.arange(min(self.sinks, self.length), device=lengths.device).expand(self.batch, -1)
         places = torch.cat((first, rest), 1)
         rows = torch.arange(self.batch, device=lengths.device).unsqueeze(1)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers_cases import WINDOW, choose, greedy, model, padded, prompts, run_with
@@ -96,6 +96,138 @@ def test_tokens_taken_back_from_a_window_leave_the_window():
     more = _block(2, 2)
     keys = torch.cat((keys, more[0]), 2)
     assert torch.equal(layer.update(*more)[0].clone(), keys[:, :, -6:])
+
+
+def test_as_many_tokens_as_came_since_are_taken_back_from_a_window():
+    """At once or one by one, and again; a long prompt's room is given back."""
+    torch.manual_seed(0)
+    layer, keys = Layer(window=5, is_sliding=True), torch.empty(2, HEADS, 0, WIDTH)
+
+    def add(size: int) -> None:
+        nonlocal keys
+        block = _block(2, size)
+        keys = torch.cat((keys, block[0]), 2)
+        assert torch.equal(layer.update(*block)[0].clone(), keys[:, :, -(4 + size) :])
+
+    def take_back(count: int) -> None:
+        nonlocal keys
+        layer.crop(-count)
+        keys = keys[:, :, : keys.shape[2] - count]
+        assert layer.get_seq_length() == keys.shape[2]
+        assert torch.equal(layer.keys, keys[:, :, -4:])
+
+    add(20)
+    layer.activate_past_recording()  # with tokens in it, and before any that are taken back
+    add(3000)
+    take_back(2900)
+    take_back(0)
+    assert layer._store.room < 1000
+    for _ in range(2):
+        add(700)
+        take_back(699)
+        for _ in range(600):
+            add(1)
+        take_back(600)
+    layer.reset()
+    keys = keys[:, :, :0]
+    add(9)
+    take_back(7)
+
+
+def test_longer_drafts_than_a_ring_has_slack_are_taken_back():
+    of, prompt = model("mistral"), prompts(1, 6).tile(1, 60)
+    options = {"input_ids": prompt, "prompt_lookup_num_tokens": 320, "max_new_tokens": 330}
+
+    class Stop(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+            return torch.full((1,), input_ids.shape[1] >= 370)
+
+    expected = greedy(of, **options, stopping_criteria=StoppingCriteriaList([Stop()]))
+    with patch():
+        assert torch.equal(greedy(of, **options, stopping_criteria=StoppingCriteriaList([Stop()])), expected)
+
+
+@pytest.mark.parametrize("first", ["no gradient", "a gradient"])
+@pytest.mark.parametrize("kind", ["growing", "paged"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("way", ["patch", "convert", "sdpa"])
+def test_a_gradient_through_a_cache_is_transformers(way, name, kind, first):
+    of, tokens = copy.deepcopy(model(name)), prompts(2, 30)
+
+    def run(cache: Any) -> list[Tensor]:
+        logits = []
+        for i, part in enumerate(tokens.split((12, 3, 1, 14), 1)):
+            with torch.set_grad_enabled(i != 1 and (i > 0 or first == "a gradient")):
+                logits.append(of(part, past_key_values=cache, use_cache=True).logits)
+        loss: Tensor = torch.cat(logits, 1).square().mean()
+        return [loss, *torch.autograd.grad(loss, list(of.parameters()))]
+
+    expected = run(DynamicCache(config=of.config))
+    with run_with(way, of):
+        cache = PagedCache(of.config, pages=40, page_size=4) if kind == "paged" else Cache(of.config)
+        actual = run(cache)
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.detach().abs().max()))
+    assert cache.get_seq_length() == 30
+
+
+@pytest.mark.parametrize("kind", ["growing", "paged"])
+def test_a_gradient_goes_with_rows_that_are_chosen(kind):
+    config = model("llama").config
+    found = []
+    for cache in (PagedCache(config, pages=40) if kind == "paged" else Cache(config), DynamicCache(config=config)):
+        torch.manual_seed(0)
+        first, second = _block(2, 5), _block(3, 2)
+        for tensor in (*first, *second):
+            tensor.requires_grad_()
+        cache.update(*first, 0)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([0, 3, 1]))
+        cache.crop(-2)
+        keys, values = cache.update(*second, 0)
+        weight = torch.randn(keys.shape)
+        gradient = torch.autograd.grad((keys * weight).sum() + (values * weight.flip(2)).sum(), (*first, *second))
+        found.append([keys, values, *gradient])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["growing", "ring", "paged"])
+def test_a_step_that_broke_off_is_told_by_the_next(kind):
+    of = model("mistral" if kind == "ring" else "llama")
+    cache = PagedCache(of.config, pages=40) if kind == "paged" else Cache(of.config)
+    layer, tokens = of.model.layers[1], prompts(2, 9)
+
+    def stop(*_: Any) -> None:
+        raise KeyError("the second layer")
+
+    with patch(), torch.no_grad():
+        of(tokens, past_key_values=cache)
+        hook = layer.register_forward_pre_hook(stop)
+        with pytest.raises(KeyError):
+            of(tokens[:, :1], past_key_values=cache)
+        hook.remove()
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="^a layer of the cache has 9 tokens, but expected 1[01], as"):
+                of(tokens[:, :1], past_key_values=cache)
+        cache.reset()
+        for part in tokens.split(4, 1):
+            logits = of(part, past_key_values=cache).logits
+        torch.testing.assert_close(logits[:, -1], of(tokens).logits[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_pages_are_given_back_though_a_row_is_gone():
+    cache = PagedCache(model("llama").config, pages=40, page_size=2)
+    for layer in range(2):
+        cache.update(*_block(3, 5), layer)[0].clone()
+    cache.pool.free(cache.rows[1])
+    cache.reset()
+    assert cache.pool.free_pages == 40
+    assert cache.rows == []
+    assert cache.get_seq_length() == 0
+    cache.update(*_block(2, 3), 0)
+    assert cache.pool.free_pages == 36
 
 
 def test_what_a_cache_says_of_itself():

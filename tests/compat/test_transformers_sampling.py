@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -136,13 +138,14 @@ def test_the_callers_seed_gives_the_tokens():
 
 
 class Spoiled(LogitsProcessor):
-    def __init__(self, value: float) -> None:
+    def __init__(self, value: float, rows: Sequence[int] = (1, 3)) -> None:
         self.value = value
+        self.rows = list(rows)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if input_ids.shape[1] == 23:
             scores = scores.clone()
-            scores[[1, 3]] = self.value
+            scores[self.rows] = self.value
         return scores
 
 
@@ -154,3 +157,58 @@ def test_logits_without_a_token_are_refused_by_their_rows(way, do_sample, value)
     of = model("llama")
     with run_with(way, of), pytest.raises(ValueError, match=r"^logits of row 1, 3 .* in step 2,"):
         of.generate(prompts(4), max_new_tokens=NEW, do_sample=do_sample, logits_processor=own)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("way", ["patch", "convert"])
+def test_beams_without_a_token_are_refused_by_their_prompt(way, do_sample, value):
+    of, inputs = model("llama"), {"inputs": prompts(4), "max_new_tokens": NEW, "num_beams": 2, "do_sample": do_sample}
+    with run_with(way, of), pytest.raises(ValueError, match=r"^logits of row 1, 3 .* in step 2,"):
+        of.generate(**inputs, logits_processor=LogitsProcessorList([Spoiled(value, (2, 3, 6, 7))]))
+    if value == -torch.inf:  # one of a prompt's beams may end
+        own = LogitsProcessorList([Spoiled(value, (2, 7))])
+        torch.manual_seed(0)
+        expected = of.generate(**inputs, logits_processor=own)
+        torch.manual_seed(0)
+        with run_with(way, of):
+            assert torch.equal(of.generate(**inputs, logits_processor=own), expected)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("as_dict", [False, True])
+@pytest.mark.parametrize("way", ["patch", "convert"])
+def test_drafts_without_a_token_are_refused(way, as_dict, value):
+    of, options = model("llama"), {"input_ids": prompts(1), "return_dict_in_generate": as_dict}
+    own = LogitsProcessorList([Spoiled(value, (0,))])
+    with run_with(way, of), pytest.raises(ValueError, match=r"^logits of row 0 .* in step 2,"):
+        greedy(of, prompt_lookup_num_tokens=3, logits_processor=own, **options)
+    of = copy.deepcopy(of)
+    of.lm_head.register_forward_hook(lambda layer, given, out: out.clone().fill_(value))  # of the model, not the drafts
+    with run_with(way, of), pytest.raises(ValueError, match=r"^logits of row 0 .* in step 0,"):
+        greedy(of, assistant_model=model("llama", seed=1), **options)
+
+
+class Leading(LogitsProcessor):
+    """Lets these tokens be followed alone: behind a draft of others there is none."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = tokens
+        self.astray = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if torch.equal(input_ids, self.tokens[:, : input_ids.shape[1]]):
+            return scores
+        self.astray += 1
+        return torch.full_like(scores, -torch.inf)
+
+
+@pytest.mark.parametrize("way", ["patch", "convert"])
+def test_nothing_need_follow_a_draft_that_is_not_taken(way):
+    of, prompt = model("llama"), prompts(1).tile(1, 2)
+    expected = greedy(of, input_ids=prompt)
+    own = Leading(expected)
+    with run_with(way, of):
+        tokens = greedy(of, input_ids=prompt, prompt_lookup_num_tokens=3, logits_processor=LogitsProcessorList([own]))
+    assert own.astray
+    assert torch.equal(tokens, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -91,7 +92,7 @@ def test_a_cache_is_a_list_of_tokens_for_each_row(data):
     for _ in range(data.draw(st.integers(1, 10))):
         batch = len(both.rows)
         action = data.draw(
-            st.sampled_from(["append", "append", "append", "crop", "reorder", "fork", "select", "reset"])
+            st.sampled_from(["append", "append", "append", "crop", "reorder", "fork", "select", "reset", "resize"])
         )
         if action == "append" or cache.lengths is None:
             block = data.draw(st.sampled_from([1, 1, 2, 9, 70]))
@@ -99,6 +100,8 @@ def test_a_cache_is_a_list_of_tokens_for_each_row(data):
         elif action == "crop" and window is None:
             kept = data.draw(st.lists(st.integers(0, 12), min_size=batch, max_size=batch))
             both.crop(kept, data.draw(st.sampled_from(["all alike", "list", "tensor", "back"])))
+        elif action == "resize" and window is not None:
+            cache.resize(sinks + window + data.draw(st.integers(0, 30)))
         elif action == "reorder":
             index = data.draw(st.lists(st.integers(0, batch - 1), min_size=1, max_size=4))
             cache.reorder(torch.tensor(index))
@@ -214,6 +217,61 @@ def test_a_ring_takes_back_what_it_still_has():
     cache.crop(0)
     both.rows = [[]]
     both.append(3, at_once=True)
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_a_ring_of_another_size_has_the_tokens_that_it_had(data):
+    """Rows of several lengths, in rings of any sizes one after another: what is said to be there is, and the window."""
+    torch.manual_seed(0)
+    window, sinks = data.draw(st.integers(1, 6)), data.draw(st.integers(0, 2))
+    storage = data.draw(st.sampled_from(sorted(TOLERANCE, key=str)))
+    cache = KeyValueCache(sinks + window + data.draw(st.integers(0, 20)), window=window, sinks=sinks, storage=storage)
+    both = Rows(2, cache, TOLERANCE[storage])
+    for _ in range(data.draw(st.integers(1, 8))):
+        action = data.draw(st.sampled_from(("append", "append", "resize", "crop")))
+        if action == "append":
+            both.append(data.draw(st.integers(1, 25)), at_once=True)
+        elif action == "resize":
+            cache.resize(sinks + window + data.draw(st.integers(0, 20)))
+        elif cache.lengths is not None:
+            kept = [max(len(row) - data.draw(st.integers(0, 9)), 0) for row in both.rows]
+            with contextlib.suppress(ValueError):
+                both.crop(kept, "tensor")
+        both.check()
+        shortest = min(len(row) for row in both.rows) - sinks
+        for count in range(1, shortest + 1):
+            try:
+                recent = cache.recent(count)
+            except ValueError:
+                assert count > window
+                break
+            for x, held in enumerate(recent):
+                for b, row in enumerate(both.rows):
+                    expected = torch.stack([pair[x] for pair in (*row[:sinks], *row[-count:])], 1)
+                    torch.testing.assert_close(
+                        held[b, :, : sinks + count].float(), expected, rtol=both.tolerance, atol=both.tolerance
+                    )
+
+
+def test_a_ring_is_not_asked_for_what_it_let_go_of():
+    cache = KeyValueCache(40, window=4, sinks=2)
+    cache.append(*tokens(1, 30)[1:])
+    cache.resize(12)
+    cache.resize(50)
+    with pytest.raises(ValueError, match=r"lengths has 23, but expected at least 24: of 30 tokens those before 20"):
+        cache.crop(23)
+    with pytest.raises(ValueError, match="count is 11, but expected at most 10, which were not written over"):
+        cache.recent(11)
+    cache.crop(24)
+    for capacity, other, sentence in (
+        (5, cache, "capacity is 5, but expected at least 6"),
+        (50, KeyValueCache(), "capacity is 50, but expected a cache with a window to resize"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            other.resize(capacity)
+    with pytest.raises(ValueError, match="count is 3, but expected a cache with a window"):
+        KeyValueCache().recent(3)
 
 
 def test_what_a_window_holds_is_read_in_order():

@@ -1,28 +1,54 @@
-"""Attention in transformers' interface, over the layers of pygen's caches: the implementation "pygen".
+"""Attention in transformers' interface, over the layers of pygen's caches.
 
-`model.set_attn_implementation("pygen")` chooses it; `patch()` puts it beneath "sdpa". Keys that no pygen cache holds go
-to transformers' own function for scaled dot-product attention.
+`under_sdpa()`, which `patch()` and `convert(model)` call, puts it beneath "sdpa" for the whole process. Keys that no
+pygen cache holds go to the function that was there. `model.set_attn_implementation("pygen")` chooses it by a name.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from pygen.compat.handle import Changes, Patch, qualified_name
 from pygen.compat.transformers.held import Held
 
-NAME = "pygen"
+NAME, SDPA = "pygen", "sdpa"
 
 # First blocks at least so long are products of matrices, which PyTorch's attention is quicker at on a GPU.
 FIRST_BLOCK = 16
-# Arguments that change the scores, or want them.
-_SPECIAL = ("position_bias", "softcap", "s_aux", "cache")
+# Arguments that change the scores, or want them, and are the business of transformers' function.
+_SPECIAL = ("position_bias", "softcap", "cache")
+# Arguments that change the scores, and that transformers' function would pass over: models that give it them have the
+# same in the mask, where the attention's name tells them that it is not one that knows them.
+_NOT_IN_SDPA = ("indices", "block_indices", "s_aux")
 
 
-def attention(
+def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Attend to what a layer holds, and append the block that waits there, in one call.
+
+    query: (batch, heads, block, width). key, value: what the layer's `update` returned, or tensors of any origin,
+        (batch, kv_heads, length, width). attention_mask: None, or (batch or 1, heads or 1, block, length).
+
+    Returns (batch, block, heads, width) and None, as transformers expects it.
+
+    ValueError: an argument that changes the scores and that "sdpa" does not have.
+    """
+    for name in _NOT_IN_SDPA:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f'{name} was given to attention "{NAME}", but expected None: such a model is to keep its attention, as '
+                "patch() and convert(model) let it"
+            )
+    return _attend(sdpa_attention_forward, module, query, key, value, *args, **kwargs)
+
+
+def _attend(
+    original: Callable[..., Any],
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -33,35 +59,33 @@ def attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Attend to what a layer holds, and append the block that waits there, in one call.
-
-    query: (batch, heads, block, width). key, value: what the layer's `update` returned, or tensors of any origin,
-        (batch, kv_heads, length, width). attention_mask: None, or (batch or 1, heads or 1, block, length).
-
-    Returns (batch, block, heads, width) and None, as transformers expects it.
-    """
-
-    def as_they_are(key: Tensor, value: Tensor) -> Any:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
-        )
+    def as_they_are() -> Any:
+        keys, values = (held.read() if type(held) is Held else held for held in (key, value))
+        given = kwargs if is_causal is None else {"is_causal": is_causal, **kwargs}
+        return original(module, query, keys, values, attention_mask, scaling=scaling, dropout=dropout, **given)
 
     if (
         type(key) is not Held
+        or type(value) is not Held
+        or key.reading is not value.reading
+        or (key.which, value.which) != (0, 1)
         or dropout
         or query.requires_grad
         or any(kwargs.get(name) is not None for name in _SPECIAL)
     ):
-        return as_they_are(key, value)
-    layer = key.reading.layer
-    block = query.shape[2]
+        return as_they_are()
+    reading, block = key.reading, query.shape[2]
+    layer = reading.layer
+    if not reading.can_be_attended_to(block):
+        return as_they_are()
     # In a ring, too, where the model's mask may show a token what comes behind it (pictures in a prompt).
     if block >= FIRST_BLOCK and layer.sees_all(block) and (layer.is_sliding or query.device.type != "cpu"):
-        first = layer.take_first()
-        if first is not None:
-            return as_they_are(*first)
+        reading.read = layer.take_first()
+        if reading.read is not None:
+            return as_they_are()
     causal = attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    return layer.attend(query, attention_mask, causal, scaling).transpose(1, 2), None
+    # Some models go on with `view`.
+    return layer.attend(query, attention_mask, causal, scaling).transpose(1, 2).contiguous(), None
 
 
 def mask(
@@ -97,6 +121,28 @@ def mask(
         allow_is_causal_skip, use_vmap=use_vmap, config=config, **kwargs,
     )  # fmt: skip
 
+
+def _install(changes: Changes) -> None:
+    def over(original: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def instead(*args: Any, **kwargs: Any) -> Any:
+            return (function if changes.in_force else original)(*args, **kwargs)
+
+        return instead
+
+    functions = AttentionInterface._global_mapping
+    original = functions[SDPA]
+    changes.set(functions, SDPA, over(original, functools.partial(_attend, original)))
+    changes.report_replaced(qualified_name(original), qualified_name(attention), SDPA)
+    functions = masking_utils.AttentionMaskInterface._global_mapping
+    original = functions[SDPA]
+    if original is masking_utils.sdpa_mask:  # somebody else's may want more than padding
+        changes.set(functions, SDPA, over(original, mask))
+        changes.report_replaced(qualified_name(original), qualified_name(mask), SDPA)
+
+
+# A handle on pygen's attention beneath "sdpa"; the last of nested ones to end takes it back.
+under_sdpa = Patch("transformers.attention", _install)
 
 AttentionInterface.register(NAME, attention)
 masking_utils.AttentionMaskInterface.register(NAME, mask)

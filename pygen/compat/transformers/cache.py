@@ -7,6 +7,7 @@ int8 or float8 codes. Beam search, assisted decoding and continued generation us
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,10 +18,22 @@ from pygen.compat.transformers.held import Block, HeldLayer
 from pygen.nn.cache import KeyValueCache, Storage
 from pygen.ops import Rotary
 
+UNMASKED = "sliding_attention without a mask"
 SERVED = {"full_attention", "sliding_attention"}  # the kinds of layers that pygen has
 
-# What a window's ring keeps beyond the window where tokens may be taken back (assisted decoding).
+# What a window's ring keeps at least beyond the window where tokens may be taken back (assisted decoding).
 _TAKEN_BACK = 256
+# Models whose layers let go of tokens that their masks still show: of a prompt, every token sees all before it.
+_UNMASKED_WINDOWS = {"moshi", "kyutai_speech_to_text"}
+
+
+def kinds_of_layers(config: Any) -> tuple[list[str], list[dict[str, Any]]]:
+    """The kinds of a model's layers, by the names of transformers', and the options of their caches."""
+    config = config.get_text_config(decoder=True)
+    kinds, options = cache_utils.get_layer_types_and_kwargs(config)
+    if config.model_type in _UNMASKED_WINDOWS:
+        kinds = [UNMASKED if kind == "sliding_attention" else kind for kind in kinds]
+    return kinds, options
 
 
 class Layer(HeldLayer):
@@ -46,6 +59,8 @@ class Layer(HeldLayer):
             raise ValueError(f"sinks is {sinks}, but expected 0 in a layer whose model has a window of its own")
         self.is_sliding = is_sliding
         self.window = window
+        self._recording = False
+        self._since = 0  # tokens since some were last taken back, while the past is recorded
         self._store = KeyValueCache(
             capacity if window is None else None, window=window, sinks=sinks, storage=storage
         )  # A ring has no end to run into.
@@ -55,6 +70,12 @@ class Layer(HeldLayer):
         options = {"capacity": store.capacity if store.window is None else None, "window": store.window,
                    "sinks": store.sinks or None, "storage": store.storage}  # fmt: skip
         return f"Layer({', '.join(f'{name}={value}' for name, value in options.items() if value is not None)})"
+
+    def holds(self, block: int) -> bool:
+        store = self._store
+        if not self.is_sliding or self.window is None or store.capacity is None:
+            return True
+        return block <= store.capacity - store.sinks - self.window + 1
 
     def sees_all(self, block: int) -> bool:
         return self.is_sliding or self.window is None or block <= self.window
@@ -71,19 +92,15 @@ class Layer(HeldLayer):
                     'expected model.set_attn_implementation("pygen"): its masks would show tokens at the wrong places'
                 )
             return self._store.keys[:, :, :length], self._store.values[:, :, :length]
+        waiting = self._waiting
+        if waiting is None:
+            return self._store.recent(length)  # they were attended to, and so the ring had room for what they see
         # The block's first token sees more than the ring keeps once the block is in.
         before = (self._store.keys, self._store.values) if self._store.length else None
-        waiting = self._waiting
         self.settle()
         if before is None:
-            assert waiting is not None
             return waiting
-        joined = before if waiting is None else tuple(torch.cat(pair, 2) for pair in zip(before, waiting, strict=True))
-        if length > joined[0].shape[2]:
-            raise RuntimeError(
-                f"a block that sees {length} tokens was read after it had been attended to, but expected at most "
-                f"{self.window}, those in the window"
-            )
+        joined = (torch.cat(pair, 2) for pair in zip(before, waiting, strict=True))
         keys, values = (whole[:, :, whole.shape[2] - length :] for whole in joined)
         return keys, values
 
@@ -99,12 +116,9 @@ class Layer(HeldLayer):
         return -1 if self._store.capacity is None else self._store.capacity
 
     def activate_past_recording(self) -> None:
-        """Make a window's ring so long that a few hundred tokens can be taken back, before anything is in it."""
-        store = self._store
-        if store.window is not None and not self._length:
-            self._store = KeyValueCache(
-                store.sinks + store.window + _TAKEN_BACK, window=store.window, sinks=store.sinks, storage=store.storage
-            )
+        """Keep, beside a window, all tokens since some were last taken back, and at least a few hundred."""
+        self._recording = self.window is not None
+        self._fit(_TAKEN_BACK)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last `-tokens_to_remove` tokens back.
@@ -117,28 +131,40 @@ class Layer(HeldLayer):
         if tokens_to_remove:
             self._store.crop(tokens_to_remove)
             self._length = max(self._length + tokens_to_remove, 0)
+            if self.window is None:
+                self._follow(lambda whole: whole[:, :, : self._length])
+            else:
+                self._graph = None
+        if self._recording:
+            self._fit(self._since)
+            self._since = 0
 
     def reset(self) -> None:
-        self._waiting = None
-        self._length = 0
+        self._waiting = self._graph = None
+        self._length = self._before = self._since = 0
         self._store.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row beam_idx[i] was."""
         self.settle()
         if self._store.lengths is not None:
-            self._store.reorder(beam_idx.to(self._store.lengths.device))
+            index = beam_idx.to(self._store.lengths.device)
+            self._store.reorder(index)
+            self._follow(lambda whole: whole.index_select(0, index))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times, one behind the other."""
         self.settle()
         self._store.fork(repeats)
+        self._follow(lambda whole: whole.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, int64 (rows,) or bool (batch,)."""
         self.settle()
         if self._store.lengths is not None:
-            self._store.select(indices.to(self._store.lengths.device))
+            index = indices.to(self._store.lengths.device)
+            self._store.select(index)
+            self._follow(lambda whole: whole[index])
 
     def _enter(self, block: int) -> None:
         capacity = self._store.capacity
@@ -148,6 +174,20 @@ class Layer(HeldLayer):
                 "capacity of the cache"
             )
         super()._enter(block)
+        if self._recording:
+            self._since += block
+            self._fit(self._since)
+
+    def _fit(self, more: int) -> None:
+        """A ring that keeps so many tokens beside sinks and window; one of several times the length is cut."""
+        store = self._store
+        if self.window is None or store.capacity is None:
+            return
+        least = store.sinks + self.window + max(more, _TAKEN_BACK)
+        if store.capacity < least:
+            store.resize(max(least, 2 * store.capacity))
+        elif store.capacity > 4 * least:
+            store.resize(2 * least)
 
     def _append(self, block: Block) -> None:
         self._store.append(*block)
@@ -184,7 +224,8 @@ class Cache(cache_utils.Cache):
     storage: "int8" or "fp8", codes with one scale a token and head, which pygen's attention reads as they are; a dtype;
         or None, the keys' own.
 
-    Layers that are neither of full nor of sliding attention are transformers' own. There is no gradient through it.
+    Layers that are neither of full nor of sliding attention are transformers' own. With a gradient, a step is copied as
+    in transformers' caches.
 
     ValueError: sinks without a window, or a window for a model all of whose layers have their own.
     """
@@ -203,7 +244,7 @@ class Cache(cache_utils.Cache):
             make()  # for its errors
             super().__init__(layer_class_to_replicate=make)
             return
-        types, options = cache_utils.get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+        types, options = kinds_of_layers(config)
         if window is not None and "full_attention" not in types:
             raise ValueError(
                 f"window is {window}, but expected None: all layers of the model have windows of their own"
@@ -215,5 +256,20 @@ class Cache(cache_utils.Cache):
             elif kind == "sliding_attention":
                 layers.append(Layer(window=own["sliding_window"], storage=storage, is_sliding=True))
             else:
+                kind = "sliding_attention" if kind == UNMASKED else kind
                 layers.append(cache_utils.DYNAMIC_LAYER_TYPE_MAPPING[kind](**own))
+        choose_leader(layers, config)
         super().__init__(layers=layers)
+
+
+def choose_leader(layers: Sequence[Any], config: Any) -> None:
+    """Let all layers that hold the tokens of the text agree with the first of them."""
+    pictures = cross_attention_layers(config)
+    of_text = [layer for n, layer in enumerate(layers) if isinstance(layer, HeldLayer) and n not in pictures]
+    for layer in of_text[1:]:
+        layer.leader = of_text[0]
+
+
+def cross_attention_layers(config: Any) -> set[int]:
+    """The numbers of the layers that hold other tokens than the text's."""
+    return set(getattr(config.get_text_config(decoder=True), "cross_attention_layers", None) or ())

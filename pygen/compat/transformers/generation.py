@@ -11,23 +11,26 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
-from transformers import GenerationMixin, cache_utils
+from transformers import GenerationMixin, LogitsProcessorList, cache_utils
 
 from pygen.compat.handle import Changes, qualified_name
-from pygen.compat.transformers.cache import SERVED, Cache
-from pygen.compat.transformers.packed import PackedLinear, packed_weights, packing
-from pygen.compat.transformers.sampling import Sampler, processed
+from pygen.compat.transformers import attention
+from pygen.compat.transformers.cache import SERVED, Cache, kinds_of_layers
+from pygen.compat.transformers.packed import PackedLinear, Packs, packed_weights, packing
+from pygen.compat.transformers.sampling import Refusing, Sampler, processed
 from pygen.compat.transformers.swapped import Swapped
-from pygen.ops.kept import KeptResult
 
 GENERATE, PREPARE_CACHE, SAMPLE = "generate", "_prepare_cache_for_generation", "_sample"
+BEAM_SEARCH, ASSISTED_DECODING = "_beam_search", "_assisted_decoding"
+
+# The packed weights of converted models' layers, until the conversion is taken back.
+packs: Packs = weakref.WeakKeyDictionary()
 
 
 def cache_in_place_of(model: Any, made: Any) -> Cache | None:
     """The pygen cache for one that `generate` has just made; None where that is to stay."""
     config = model.config.get_text_config(decoder=True)
-    kinds, _ = cache_utils.get_layer_types_and_kwargs(config)
+    kinds, _ = kinds_of_layers(config)
     # Latent attention has keys and values of different widths.
     latent = any(getattr(config, name, None) for name in ("qk_head_dim", "kv_lora_rank"))
     if model.config.is_encoder_decoder or made.offloading or latent or not SERVED.intersection(kinds):
@@ -63,12 +66,35 @@ def sample(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) 
     return processed(original(*bound.args, **bound.kwargs))
 
 
+def beam_search(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """`_beam_search`, which refuses logits that are no distribution."""
+    bound = inspect.signature(original).bind(model, *args, **kwargs)
+    _check_scores(bound.arguments, beams=bound.arguments["generation_config"].num_beams)
+    return original(*bound.args, **bound.kwargs)
+
+
+def assisted_decoding(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """`_assisted_decoding`, which refuses logits that are no distribution."""
+    bound = inspect.signature(original).bind(model, *args, **kwargs)
+    refusing = _check_scores(bound.arguments, drafted=True)
+    out = original(*bound.args, **bound.kwargs)
+    refusing.check(getattr(out, "sequences", out))
+    return out
+
+
+def _check_scores(arguments: dict[str, Any], beams: int = 1, drafted: bool = False) -> Refusing:
+    """Put the refusal behind the processors that a call is given."""
+    refusing = Refusing(arguments["input_ids"].shape[1], beams, drafted)
+    arguments["logits_processor"] = LogitsProcessorList([*arguments["logits_processor"], refusing])
+    return refusing
+
+
 class Generating(Swapped):
-    """A model whose `generate` makes pygen's cache and samples by pygen's kernel."""
+    """A model whose `generate` makes pygen's cache, samples by pygen's kernel and refuses what is no distribution."""
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with packed_weights(self):
+        with attention.under_sdpa(), packed_weights(self, packs):
             return _next(self, GENERATE)(self, *args, **kwargs)
 
     @functools.wraps(GenerationMixin._prepare_cache_for_generation)
@@ -79,6 +105,14 @@ class Generating(Swapped):
     def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
         return sample(_next(self, SAMPLE), self, *args, **kwargs)
 
+    @functools.wraps(GenerationMixin._beam_search)
+    def _beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return beam_search(_next(self, BEAM_SEARCH), self, *args, **kwargs)
+
+    @functools.wraps(GenerationMixin._assisted_decoding)
+    def _assisted_decoding(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return assisted_decoding(_next(self, ASSISTED_DECODING), self, *args, **kwargs)
+
 
 def _next(model: Any, name: str) -> Callable[..., Any]:
     """A model's function of that name, but for `Generating`."""
@@ -88,15 +122,16 @@ def _next(model: Any, name: str) -> Callable[..., Any]:
 
 
 def install(changes: Changes) -> None:
-    """Put all three into every model that generates."""
-    kept: weakref.WeakKeyDictionary[nn.Module, KeptResult[Tensor]] = weakref.WeakKeyDictionary()
+    """Put all of them into every model that generates."""
+    kept: Packs = weakref.WeakKeyDictionary()
 
     def generate(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
         with packing(model, kept):
             return original(model, *args, **kwargs)
 
     for name, function, by in (
-        (GENERATE, generate, PackedLinear), (PREPARE_CACHE, prepare_cache, Cache), (SAMPLE, sample, Sampler)
+        (GENERATE, generate, PackedLinear), (PREPARE_CACHE, prepare_cache, Cache), (SAMPLE, sample, Sampler),
+        (BEAM_SEARCH, beam_search, Refusing), (ASSISTED_DECODING, assisted_decoding, Refusing),
     ):  # fmt: skip
         original = getattr(GenerationMixin, name)
         changes.set(GenerationMixin, name, _instead(original, function, changes))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,16 +25,31 @@ Block = tuple[Tensor, Tensor]  # the keys and the values of new tokens, (batch, 
 
 @dataclasses.dataclass
 class Reading:
-    """The last `length` keys and values of a layer, read together and once."""
+    """The last `length` keys and values of a layer, read together and once.
+
+    block: how many of them are new; after: tokens of the layer with these.
+    """
 
     layer: HeldLayer
     length: int
+    block: int
+    after: int
     read: Block | None = None
 
     def both(self) -> Block:
         if self.read is None:
             self.read = self.layer.read(self.length)
         return self.read
+
+    def can_be_attended_to(self, block: int) -> bool:
+        """Whether the layer can attend from so many queries: not where it was read, which a ring may have nothing left
+        of, or has gone on since; nor from other tokens than the new ones, as in cross-attention."""
+        return (
+            self.read is None
+            and block == self.block
+            and self.after == self.layer.get_seq_length()
+            and self.layer.holds(block)
+        )
 
 
 class Held(Tensor):
@@ -81,6 +96,10 @@ class HeldLayer(CacheLayerMixin):
     def __init__(self) -> None:
         self._length = 0  # with what waits
         self._waiting: Block | None = None
+        self._graph: Block | None = None  # all that is visible, where a gradient goes through it
+        self._before = 0  # tokens before the last block
+        # The first of a cache's layers, which the others are to agree with.
+        self.leader: HeldLayer | None = None
 
     @property
     def is_initialized(self) -> bool:
@@ -102,11 +121,32 @@ class HeldLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Block:
         """Take new keys and values, (batch, kv_heads, block, width) each; the ones to attend to, as `Held`."""
         self.settle()
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            return self._update_with_graph((key_states, value_states))
+        self._graph = None
         block = key_states.shape[2]
-        reading = Reading(self, self.get_mask_sizes(block)[0])
+        length = self.get_mask_sizes(block)[0]
         self._enter(block)
         self._waiting = key_states, value_states
+        reading = Reading(self, length, block, self._length)
         return Held(reading, 0, key_states), Held(reading, 1, value_states)
+
+    def _update_with_graph(self, block: Block) -> Block:
+        """Append a block, and return ordinary tensors, through which a gradient goes as in transformers' caches."""
+        before = self._graph
+        if before is None and self._length:
+            before = self.read(self.get_mask_sizes(0)[0])  # which had no gradient
+        new = block[0].shape[2]
+        length = self.get_mask_sizes(new)[0]
+        self._enter(new)
+        self._waiting = block[0].detach(), block[1].detach()
+        self.settle()
+        if before is not None:
+            keys, values = (torch.cat((old.to(own.dtype), own), 2) for old, own in zip(before, block, strict=True))
+            block = keys, values
+        keys, values = (whole[:, :, whole.shape[2] - length :] for whole in block)
+        self._graph = keys, values
+        return keys, values
 
     def attend(self, query: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
         """Attend from the last block, and append it where it still waits: (batch, heads, block, width)."""
@@ -125,9 +165,14 @@ class HeldLayer(CacheLayerMixin):
     ) -> Tensor:
         """Append a block and attend from it, all turned by `rotary`: (batch, heads, block, width)."""
         self.settle()
+        self._graph = None
         with self._counted():
             self._enter(query.shape[2])
             return self._attend(query, block, self._wide(mask), causal, scale, rotary)
+
+    def holds(self, block: int) -> bool:
+        """Whether all that the tokens of the last block see is here, once it is appended."""
+        return True
 
     def sees_all(self, block: int) -> bool:
         """Whether a token sees all tokens before it, were a block the first; masks of the model's aside."""
@@ -183,8 +228,21 @@ class HeldLayer(CacheLayerMixin):
         self._length = length
 
     def _enter(self, block: int) -> None:
-        """Count new tokens, before they are appended."""
+        """Count new tokens, before they are appended. RuntimeError: the first layer had other tokens before them."""
+        leader = self.leader
+        if leader is not None and leader._length and leader._before != self._length:
+            raise RuntimeError(
+                f"a layer of the cache has {self._length} tokens, but expected {leader._before}, as many as the first "
+                "layer had before this block: a step before it broke off, and the cache is to be reset"
+            )
+        self._before = self._length
         self._length += block
+
+    def _follow(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Do with what has a gradient what was done with the rows."""
+        if self._graph is not None:
+            keys, values = self._graph
+            self._graph = change(keys), change(values)
 
     def _wide(self, mask: Tensor | None) -> Tensor | None:
         """A mask with a column for every token so far, of one that has those of a window only."""

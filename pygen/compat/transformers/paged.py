@@ -6,6 +6,7 @@ Beams and samples of one prompt share its pages, and one that goes on copies the
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import cache_utils
 
-from pygen.compat.transformers.cache import SERVED
+from pygen.compat.transformers.cache import SERVED, choose_leader, cross_attention_layers, kinds_of_layers
 from pygen.compat.transformers.held import Block, HeldLayer
 from pygen.nn import paged_cache
 from pygen.nn.cache import Storage
@@ -54,10 +55,21 @@ class PagedLayer(HeldLayer):
         )
         return keys[:, :, :length], values[:, :, :length]
 
+    def holds(self, block: int) -> bool:
+        return self._waiting is not None  # a block is appended as it is attended from
+
     def set_length(self, length: int) -> None:
         """What the rows were cropped to, or 0 where there are none any more."""
         self._waiting = None
-        self._length = length
+        self._follow(lambda whole: whole[:, :, :length])
+        if not length:
+            self._graph = None
+        self._length = self._before = length
+
+    def choose(self, chosen: Sequence[int]) -> None:
+        """Do with what has a gradient what is done with the rows."""
+        self.settle()
+        self._follow(lambda whole: whole[list(chosen)])
 
     def _uncount(self, length: int) -> None:
         super()._uncount(length)
@@ -99,15 +111,17 @@ class PagedCache(cache_utils.Cache):
     """
 
     def __init__(self, config: Any, pages: int, *, page_size: int = 16, storage: Storage | None = None) -> None:
-        kinds, _ = cache_utils.get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+        kinds, _ = kinds_of_layers(config)
         other = sorted(set(kinds) - SERVED)
+        if cross_attention_layers(config):
+            other.append("cross-attention")  # of other tokens than the text's, for which there are no pages
         if other:
             raise ValueError(f"config has layers of {', '.join(other)}, but expected full or sliding attention only")
         self.pool = paged_cache.PagedCache(len(kinds), pages, page_size=page_size, storage=storage)
         self.rows: list[int] = []
-        super().__init__(
-            layers=[PagedLayer(self, number, kind == "sliding_attention") for number, kind in enumerate(kinds)]
-        )
+        layers = [PagedLayer(self, number, kind == "sliding_attention") for number, kind in enumerate(kinds)]
+        choose_leader(layers, config)
+        super().__init__(layers=layers)
 
     def open(self, layer: int, key: Tensor) -> None:
         """Make room for a block in all layers, when the first of them is given it."""
@@ -143,7 +157,8 @@ class PagedCache(cache_utils.Cache):
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove is {tokens_to_remove}, but expected 0, or less to take tokens back")
         if tokens_to_remove and self.rows:
-            self._settle()
+            for layer in self.layers:
+                layer.settle()
             length = max(self.get_seq_length() + tokens_to_remove, 0)
             for row in self.rows:
                 self.pool.crop(row, length)
@@ -151,15 +166,17 @@ class PagedCache(cache_utils.Cache):
 
     def reset(self) -> None:
         """Give all pages back."""
-        for row in self.rows:
-            self.pool.free(row)
-        self.rows = []
         self._set_length(0)
+        while self.rows:
+            row = self.rows.pop()
+            with contextlib.suppress(ValueError):  # the pool's user has freed it
+                self.pool.free(row)
 
     def _choose(self, chosen: Sequence[int]) -> None:
         if not self.rows:
             return
-        self._settle()
+        for layer in self.layers:
+            layer.choose(chosen)
         count = Counter(chosen)
         names = {}
         for place, row in enumerate(self.rows):
@@ -168,10 +185,6 @@ class PagedCache(cache_utils.Cache):
             else:
                 self.pool.free(row)
         self.rows = [names[place].pop() for place in chosen]
-
-    def _settle(self) -> None:
-        for layer in self.layers:
-            layer.settle()
 
     def _set_length(self, length: int) -> None:
         for layer in self.layers:

@@ -1,4 +1,5 @@
-"""One draw from logits in the place of transformers' processors, softmax and `torch.multinomial`.
+"""One draw from logits in the place of transformers' processors, softmax and `torch.multinomial`; and the refusal of
+logits that are no distribution.
 
 `generate` calls its processors, and then asks for a softmax and a draw, or for the largest. The processors that
 `ops.sample_logits` has are not run: a stand-in for what they would return waits for the draw, and becomes it where
@@ -39,7 +40,7 @@ class Sampler(processors.LogitsProcessorList):
     """
 
     def __init__(self, given: Any, do_sample: bool) -> None:
-        super().__init__(given)
+        super().__init__(one for one in given if not isinstance(one, Refusing))  # an assistant is given its model's
         self.first = _first_of_ours(self)
         self.seed = int(torch.randint(-(2**63), 2**63 - 1, ())) if do_sample else 0
         self.step = -1
@@ -74,11 +75,7 @@ class Sampler(processors.LogitsProcessorList):
             **self._options(input_ids, scores, largest),
         )  # fmt: skip
         if rows and int(token.min()) < 0:
-            bad = ", ".join(map(str, (token < 0).nonzero().squeeze(1).tolist()))
-            raise ValueError(
-                f"logits of row {bad} have a NaN or an infinity, or no finite number, in step {position}, but expected "
-                "a distribution to take a token from"
-            )
+            raise ValueError(_refusal(token < 0, position))
         return token
 
     def _options(self, input_ids: Tensor, scores: Tensor, largest: bool) -> dict[str, Any]:
@@ -103,6 +100,48 @@ class Sampler(processors.LogitsProcessorList):
             elif isinstance(processor, processors.TypicalLogitsWarper):
                 options["typical_p"] = processor.mass
         return options | {"temperature": 0.0} if largest else options
+
+
+class Refusing(processors.LogitsProcessor):
+    """The last processor where transformers chooses the tokens: scores as they are, unless a row is no distribution.
+
+    start: tokens before step 0. beams: rows that one prompt has; where one of them still goes on, others may end.
+    drafted: whether tokens are tried that may not be taken, of which what comes behind them need not have a token.
+
+    ValueError: a NaN or an infinity, of which transformers would take any token; no finite number for a prompt.
+    """
+
+    def __init__(self, start: int, beams: int = 1, drafted: bool = False) -> None:
+        self._start = start
+        self._beams = beams
+        self._drafted = drafted
+        self._empty: list[tuple[Tensor, str]] = []  # drafts that nothing can follow, and what to say if they are taken
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        largest = scores.amax(1).view(-1, self._beams)
+        bad = (largest.isnan() | (largest == torch.inf)).any(1)
+        empty = (largest == -torch.inf).all(1)
+        if bool((bad | empty).any()):
+            message = _refusal(bad | empty, input_ids.shape[1] - self._start)
+            if not self._drafted or bool(bad.any()):
+                raise ValueError(message)
+            self._empty.append((input_ids.clone(), message))
+        return scores
+
+    def check(self, taken: Tensor) -> None:
+        """Refuse tokens (1, length) that have one where no score was finite."""
+        for before, message in self._empty:
+            length = before.shape[1]
+            if length < taken.shape[1] and torch.equal(taken[:, :length], before):
+                raise ValueError(message)
+
+
+def _refusal(bad: Tensor, step: int) -> str:
+    rows = ", ".join(map(str, bad.nonzero().squeeze(1).tolist()))
+    return (
+        f"logits of row {rows} have a NaN or an infinity, or no finite number, in step {step}, but expected a "
+        "distribution to take a token from"
+    )
 
 
 class Undrawn(Tensor):
