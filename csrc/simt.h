@@ -9,7 +9,7 @@
 namespace pygen {
 
 // Shared memory of a block in bytes: in all, on every GPU of a wheel; in static arrays; and what is there unasked.
-constexpr size_t kMostShared = 99 * 1024, kMostStaticShared = 16 * 1024, kSharedUnasked = 48 * 1024;
+constexpr size_t kMostShared = 99 * 1024, kMostStaticShared = 32 * 1024, kSharedUnasked = 48 * 1024;
 
 }  // namespace pygen
 
