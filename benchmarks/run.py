@@ -26,8 +26,9 @@ FAMILIES = (
     "cache", "sampling", "logistics", "incremental", "tarflow", "compat_zuko", "generate",
 )  # fmt: skip
 
-# glibc hands fresh pages to every large output, and their faults would hide the kernels; see --allocator.
-STEADY_ALLOCATOR = {
+# glibc hands fresh pages to every large output, and their faults would hide the kernels; see --process.
+STEADY = {
+    "OMP_WAIT_POLICY": "PASSIVE",
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
     "MALLOC_TOP_PAD_": "268435456",
@@ -41,9 +42,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="PyTorch's threads; its default when left out")
     parser.add_argument("--rounds", type=int, default=21, help="turns that each contender gets (default 21)")
     parser.add_argument(
-        "--allocator", default="steady", choices=("steady", "default"),
-        help="steady keeps freed memory in the process, for all contenders alike; default is glibc's own way, "
-        "in which page faults of large outputs dominate",
+        "--process", default="steady", choices=("steady", "default"),
+        help="steady keeps freed memory in the process and lets waiting threads sleep, for all contenders alike; "
+        "default is a user's process, in which page faults of large outputs dominate",
     )  # fmt: skip
     parser.add_argument(
         "--out", type=Path,
@@ -71,7 +72,7 @@ def machine(device: str) -> dict[str, Any]:
 
 def main() -> int:
     options = parse()
-    wanted = {"OMP_WAIT_POLICY": "PASSIVE"} | (STEADY_ALLOCATOR if options.allocator == "steady" else {})
+    wanted = STEADY if options.process == "steady" else {}
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         # The allocator and the thread pool read these once, at start.
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})
@@ -92,14 +93,16 @@ def main() -> int:
     device = torch.device(options.device)
     host = machine(options.device)
     bandwidth = copy_bandwidth(device)
-    print(f"{host['name']}, torch {host['torch']}, {host['threads']} threads, {options.allocator} allocator")
+    print(f"{host['name']}, torch {host['torch']}, {host['threads']} threads, {options.process} process")
     print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s (read + written)\n")
     print(f"{'case':36} {'shape':22} {'ours':>11}  {'rival':>26} {'ratio':>8} {'target':>8}  floor")
     results, commit = [], revision()
     for family in options.family or FAMILIES:
         for case in importlib.import_module(family).cases(device):
             result = measure(case, device, rounds=options.rounds)
-            result |= {"family": family, "commit": commit, "copy_bandwidth": bandwidth}
+            result |= {
+                "family": family, "commit": commit, "copy_bandwidth": bandwidth, "process": options.process
+            }  # fmt: skip
             if case.floor_bytes:
                 result["floor_share"] = case.floor_bytes / bandwidth / result["seconds"]["ours"]
             results.append(result)
@@ -111,7 +114,7 @@ def main() -> int:
         path = options.out / f"{slug}-{today}.json"
         results = others(path, options.family or FAMILIES) + results
         results.sort(key=lambda case: FAMILIES.index(case["family"]))
-        record = {"machine": host, "date": today, "allocator": options.allocator, "cases": results}
+        record = {"machine": host, "date": today, "cases": results}
         path.write_text(json.dumps(record, indent=1) + "\n")
         print(f"\nwrote {path}")
     return 0
