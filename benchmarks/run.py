@@ -96,7 +96,13 @@ def main() -> int:
     print(f"{host['name']}, torch {host['torch']}, {host['threads']} threads, {options.process} process")
     print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s (read + written)\n")
     print(f"{'case':36} {'shape':22} {'ours':>11}  {'rival':>26} {'ratio':>8} {'target':>8}  floor")
-    results, commit = [], revision()
+    path, commit = None, revision()
+    results: list[dict[str, Any]] = []
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        slug = "-".join("".join(c if c.isalnum() else " " for c in host["name"].lower()).split())
+        path = options.out / f"{slug}-{datetime.date.today().isoformat()}.json"
+        results = others(path, options.family or FAMILIES)
     for family in options.family or FAMILIES:
         for case in importlib.import_module(family).cases(device):
             result = measure(case, device, rounds=options.rounds)
@@ -107,17 +113,18 @@ def main() -> int:
                 result["floor_share"] = case.floor_bytes / bandwidth / result["seconds"]["ours"]
             results.append(result)
             show(result)
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        today = datetime.date.today().isoformat()
-        slug = "-".join("".join(c if c.isalnum() else " " for c in host["name"].lower()).split())
-        path = options.out / f"{slug}-{today}.json"
-        results = others(path, options.family or FAMILIES) + results
-        results.sort(key=lambda case: FAMILIES.index(case["family"]))
-        record = {"machine": host, "date": today, "cases": results}
-        path.write_text(json.dumps(record, indent=1) + "\n")
+            if path:  # after each, as the next may take minutes
+                write(path, host, results)
+    if path:
         print(f"\nwrote {path}")
     return 0
+
+
+def write(path: Path, host: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """The cases in the order of their families."""
+    ordered = sorted(results, key=lambda case: FAMILIES.index(case["family"]))
+    record = {"machine": host, "date": datetime.date.today().isoformat(), "cases": ordered}
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def others(path: Path, families: Sequence[str]) -> list[dict[str, Any]]:
